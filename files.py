@@ -14,7 +14,7 @@ from typing import Any
 
 _NUMBERS = itertools.count()  # makes temporary names unique among the threads of a process
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# A full disk as numpy, torch, safetensors, tokenizers and pyarrow report it, without an errno
+# How numpy, torch, safetensors, tokenizers and pyarrow report a full disk, without an errno
 FULL_TEXT = re.compile(
     r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written|"
     r"PytorchStreamWriter failed|inline_container\.cc.* unexpected pos",

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 KERNEL = Path("/proc/version")
-DEVICE = "NANOLLAMA_DEVICE"  # environment variable that replaces the choice of default_device
+DEVICE = "NANOLLAMA_DEVICE"  # environment variable that overrides default_device
 COMPLETE = ("cpu", "cuda")  # device types with float64 and collectives
 
 
 def default_device() -> str:
     """Return the device of commands without --device: cuda, else mps, else cpu.
 
-    The environment variable NANOLLAMA_DEVICE replaces it. ValueError if that is not available.
+    The environment variable NANOLLAMA_DEVICE overrides it. ValueError if that is not available.
     """
     import torch
 
@@ -87,7 +87,7 @@ def exact(tensor: "torch.Tensor") -> "torch.Tensor":
 
 
 def synchronize(device: "torch.device") -> None:
-    """Wait for the work that was given to a device, so that a clock measures it."""
+    """Wait until a device has finished its queued work, so that timings include it."""
     import torch
 
     if device.type == "cuda":
@@ -105,7 +105,7 @@ def memory() -> int:
 
 
 def is_wsl() -> bool:
-    """Whether this is Linux in the Windows Subsystem for Linux."""
+    """Return True in the Windows Subsystem for Linux."""
     return any("microsoft" in line.lower() for line in _lines(KERNEL))
 
 

@@ -77,7 +77,7 @@ class OneOf:
 
 
 def one_of(*names: str) -> OneOf:
-    """Return the rule that a text must be one of these names."""
+    """Return the rule that text must be one of these names."""
     return OneOf(names)
 
 
@@ -183,7 +183,7 @@ def _is_infinite(value: Any) -> bool:
 
 
 def violation(value: Any, rule: Range | NonEmpty | OneOf) -> str:
-    """Return what is wrong with a value outside of a rule, e.g. "must be at least 1"."""
+    """Return what is wrong with a value that breaks a rule, e.g. "must be at least 1"."""
     if _is_infinite(value):
         return "must be a finite number"
     if (

@@ -4,10 +4,10 @@
     torchrun --nproc_per_node=2 train.py --config configs/phase1_pretrain.yaml  # two ranks
     torchrun --nproc_per_node=2 train.py --test_mode --steps 1000               # on dummy data
     accelerate launch --multi_gpu --num_processes 2 train.py --config configs/phase1_pretrain.yaml
-    python train.py --config configs/continue.yaml --init_from my_model         # continued
+    python train.py --config configs/continue.yaml --init_from my_model         # from a model
 
 Run the same command again to resume from the newest complete checkpoint.
-Set any other setting with section.key=value; --help_settings optim explains those of a section.
+Set any other setting with section.key=value; --help_settings optim lists those of a section.
 """
 
 from functools import partial
@@ -91,7 +91,7 @@ def pretrain(
 def make_evaluate(
     run: RunConfig, rank: int, world: int, token_bytes: torch.Tensor
 ) -> Evaluate | None:
-    """Perplexity on the validation shards; None if validation is off. token_bytes: [vocab]."""
+    """Return the perplexity evaluation; None if validation is off. token_bytes: [vocab]."""
     data, validation = run.data, run.validation
     if not (validation.every or validation.before):
         return None

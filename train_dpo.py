@@ -67,7 +67,7 @@ class PreferenceRun(TuningRun):
     NO_EFFECT: ClassVar[dict[str, NoEffect]] = TuningRun.NO_EFFECT | {
         "data.tokens_per_step": NoEffect("has no effect in DPO: set data.pairs_per_step instead"),
         "optim.z_weight": NoEffect(
-            "has no effect in DPO, whose losses have no z-loss; remove it", (0, None)
+            "has no effect in DPO, which has no z-loss; remove it", (0, None)
         ),
     }
 
@@ -103,7 +103,7 @@ def align(
     """Train on preference pairs. Returns the exit status of training.loop.train."""
     base = open_base(run, Path(run.preferences.cache))
     chat, folder, files, run = base
-    mixture(run.data.mix, run.replay)  # refuses names of both
+    mixture(run.data.mix, run.replay)  # ValueError if a name is in both
     data, new_tokens = run.data, files.new_tokens
     text = open_replay(run.replay, "train", folder) if run.replay else {}
     prepared = run_on_rank0(
@@ -176,7 +176,7 @@ def align(
 
 
 def largest_batch(pairs: int, length: int, device: torch.device) -> PairBatch:
-    """Zeros shaped as the largest micro-batch: every answer fills a row of `length` tokens."""
+    """Return zeros in the shape of the largest micro-batch: each answer fills `length` tokens."""
     zeros = torch.zeros(2 * pairs, length, dtype=torch.int64, device=device)
     indices = torch.arange(zeros.numel(), device=device).view_as(zeros)
     reference, ones = torch.zeros(2 * pairs, device=device), torch.ones(pairs, device=device)

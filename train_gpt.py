@@ -81,7 +81,10 @@ def speedrun(
 
 
 def make_evaluate(run: SpeedrunRun, rank: int, world: int) -> Evaluate | None:
-    """Loss on the validation shards, and bits per byte if the tokenizer is beside the shards."""
+    """Return the evaluation of validation loss; None if validation is off.
+
+    It adds bits per byte if the tokenizer is beside the shards.
+    """
     data, validation, vocab = run.data, run.validation, run.model.vocab_size
     if not (validation.every or validation.before):
         return None

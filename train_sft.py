@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=2 train_sft.py --config configs/sft.yaml \\
         --base_model my_run/gold --steps 12000 --batch_size 8 --learning_rate 5e-5
 
-The base model is a checkpoint of train.py, or any Llama or Qwen3 folder in Hugging Face format. It
-gets the chat tokens and the chat template. Run the same command again to resume from the newest
-complete checkpoint. Set any other setting with section.key=value.
+The base model is a checkpoint of train.py, or any Llama or Qwen3 folder in Hugging Face format. The
+command adds the chat tokens and the chat template. Run the same command again to resume from the
+newest complete checkpoint. Set any other setting with section.key=value.
 """
 
 from dataclasses import dataclass, field, replace
@@ -83,7 +83,7 @@ def finetune(
     def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
         assert isinstance(model, NanoLlama)
         results = perplexity(model, batches, token_sizes, setup.all_reduce_sum) if batches else {}
-        if text_batches:  # apart, so that the loss over all sources is that of the conversations
+        if text_batches:  # separate: "all" averages over the conversations only
             results |= replay_figures(model, text_batches, token_sizes, setup.all_reduce_sum)
         if end := loader.position:
             add_shares(results, packed.shares(max(0, end - run.validation.every), end), text)

@@ -85,7 +85,7 @@ def open_data(folder: Path, run: RunConfig) -> tuple[BinLoader, Evaluate]:
     if token_bytes is None:
         raise ValueError(
             f"{folder} has no tokenizer/; write the shards with python -m scripts.write_bin "
-            f"--store {data.store} --output {folder}"
+            f"--store {data.store} --output_dir {folder}"
         )
     bos = special_ids(load_tokenizer(folder / "tokenizer")).bos
     train, val = (BinShards(folder / f"*_{split}_*.bin", vocab, bos) for split in ("train", "val"))

@@ -276,7 +276,7 @@ def _configs(quick: bool) -> dict[str, Any]:
     return {**configs, "recipe.yaml": recipe, **plans}
 
 
-DOWNLOAD = "-m scripts.download_data --dataset texts/{0}.jsonl --name {0} --output store"
+DOWNLOAD = "-m scripts.download_data --dataset texts/{0}.jsonl --name {0} --output_dir store"
 TOKENIZER = "-m scripts.train_tokenizer --config recipe.yaml"
 PREPARE = "-m scripts.prepare_data --config recipe.yaml"
 EVALUATE = (
@@ -288,7 +288,7 @@ TUNE = (
 )
 EXPORT = (
     "-m scripts.export_gguf --checkpoint {checkpoint} --outtype f16,q8_0 "
-    "--outfile gguf/tiny-{{outtype}}.gguf --threads 1"
+    "--output gguf/tiny-{{outtype}}.gguf --threads 1"
 )
 PLAN, TUNED, JUDGED = (
     f"-m scripts.pipeline --plan {name}.yaml" for name in ("plan", "tuned", "judged")

@@ -207,7 +207,7 @@ def fill_disk(
         "disk-cache": "SFT's prepared rows",
         "disk-export": "GGUF export",
     }
-    done = f"{len(faults)} time(s) on a tmpfs of 64 MB that fills up"
+    done = f"{len(faults)} times on a tmpfs of 64 MB that fills up"
     note = "status 2 and an error message; the same command continues"
     return row_of(site, comparison, f"a real full disk in {titles[name]}", done, note)
 

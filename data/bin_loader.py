@@ -4,8 +4,8 @@ Two ways to cut rows, as in modded-nanogpt:
 - sequential: rows follow each other without a gap (records 1 to 25).
 - bos: each row begins with a document, documents are cut to max_document tokens, and the row's last
   document is cut to fit (record 26 on). The rest of a cut document is not read.
-A step reads one shard; a shard's tail that is too short for a step is skipped. A step is the same
-rows for any number of ranks and micro-batches. modded-nanogpt gives this stream on 8 GPUs.
+A step reads one shard; a shard's tail that is too short for a step is skipped. A step has the same
+rows for any number of ranks and micro-batches. They equal those of modded-nanogpt on 8 GPUs.
 """
 
 from collections.abc import Iterator
@@ -37,15 +37,15 @@ class Shape(NamedTuple):
 
     rows: int
     length: int  # tokens of a row
-    max_document: int  # the most tokens of one document in a row
+    max_document: int  # maximum tokens of a document in a row
 
 
 class StepStart(NamedTuple):
     """Where a step begins. `start` is a token (sequential) or a document (bos) of the shard."""
 
-    visit: int  # number of shards read before, over all epochs
+    visit: int  # number of shards read so far, over all epochs
     start: int
-    row: int  # rows of all steps before
+    row: int  # rows of all earlier steps
 
 
 class DocumentIndex:
@@ -80,7 +80,7 @@ class DocumentIndex:
         return self.following[key]
 
     def row_starts(self, document: int, shape: Shape) -> list[int] | None:
-        """First documents of a step's rows and of the row after; None if the shard is too short."""
+        """Return the first documents of a step's rows and of the next row; None if too short."""
         following, documents = self.next_row(shape.length, shape.max_document), [document]
         for _ in range(shape.rows):
             if documents[-1] >= len(following):
@@ -93,11 +93,11 @@ class BinLoader:
     """Loads the steps of a speedrun; has the interface of PackedDataLoader.
 
     tokens, length: tokens of a step over all ranks and of a row, constant or functions of the step.
-    micro_batch_tokens: the most tokens of a micro-batch; default: all of the rank's tokens.
-    alignment: sequential or bos. max_document: the most tokens of a document (bos only), constant
-    or a function of the step; default: no limit. document_mask: number the documents of a row in
-    doc_ids; if off, doc_ids is None and a row is one document to the model.
-    The shards repeat after the last one; rank 0 prints where an epoch begins.
+    micro_batch_tokens: maximum tokens of a micro-batch; default: all of the rank's tokens.
+    alignment: sequential or bos. max_document: maximum tokens of a document (bos only),
+    constant or a function of the step; default: no limit. document_mask: number the documents of a
+    row in doc_ids; if off, doc_ids is None and a row is one document to the model. After the last
+    shard, reading starts again with the first; rank 0 prints where an epoch begins.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class BinLoader:
         self.pool = ThreadPoolExecutor(1, "shard_index")
         self.indexes: dict[int, Future[DocumentIndex]] = {}
         self.lock = RLock()  # at() may run in several threads
-        self.step_starts = [StepStart(0, 0, 0)]  # of the steps; grows as later steps are asked for
+        self.step_starts = [StepStart(0, 0, 0)]  # of the steps so far; grows
         self.announced = 0  # epochs whose beginning was printed
         settings = [schedule_text(value) for value in (tokens, length, limit)]
         self.fingerprint = (
@@ -138,7 +138,7 @@ class BinLoader:
         self.index(0)
 
     def shape(self, step: int) -> Shape:
-        """Rows and row length of a step; ValueError if they do not divide over the ranks."""
+        """Return rows and row length of a step; ValueError if they do not divide over the ranks."""
         tokens, length = self.tokens_at(step), self.length_at(step)
         limit = self.max_document_at(step)
         if min(tokens, length, limit) < 1:
@@ -161,7 +161,7 @@ class BinLoader:
         return Shape(rows, length, limit)
 
     def at(self, batch_index: int) -> Step:
-        """This rank's micro-batches of step `batch_index` >= 0."""
+        """Return this rank's micro-batches of step `batch_index` >= 0."""
         shape, step_start = self.shape(batch_index), self.step_start(batch_index)
         number, count = self._shard(step_start), shape.rows // self.world
         tokens, index, first = self.shards.shards[number], self.index(number), self.rank * count
@@ -179,7 +179,7 @@ class BinLoader:
             begins = rows[:, 1:-1] == self.shards.bos
             np.cumsum(begins, axis=1, dtype=np.int32, out=doc_ids[:, 1:])
         self._announce(batch_index, step_start)
-        inputs, targets = (np.ascontiguousarray(part) for part in (rows[:, :-1], rows[:, 1:]))
+        inputs, targets = (np.ascontiguousarray(ids) for ids in (rows[:, :-1], rows[:, 1:]))
         numbers = np.arange(count) + (step_start.row + first)
         size = self._micro_batch_rows(count, shape.length)
         fields = [torch.from_numpy(array) for array in (inputs, targets, doc_ids, numbers)]
@@ -190,11 +190,11 @@ class BinLoader:
         return Step(batches, tokens_of_step, tokens_of_step)
 
     def epoch(self, batch_index: int) -> int:
-        """The epoch that a step reads, from 0."""
+        """Return the epoch that a step reads, from 0."""
         return self.step_start(batch_index).visit // len(self.shards.shards)
 
     def describe(self, steps: int) -> list[str]:
-        """One line on the epochs that `steps` steps read; a warning above MAX_EPOCHS epochs.
+        """Return a line on the epochs that `steps` steps read, and a warning above MAX_EPOCHS.
 
         bos: an estimate from the first shard. ValueError if a step does not divide over the ranks.
         """
@@ -220,7 +220,7 @@ class BinLoader:
         return [line, warning]
 
     def step_start(self, batch_index: int) -> StepStart:
-        """Return where a step begins: the first shard with room for it, after the step before."""
+        """Return where a step begins: after the previous step, in a shard with room for it."""
         with self.lock:
             while len(self.step_starts) <= batch_index + 1:
                 step = len(self.step_starts) - 1
@@ -232,15 +232,15 @@ class BinLoader:
             return self.step_starts[batch_index]
 
     def index(self, number: int) -> DocumentIndex:
-        """The document index of a shard; the next shard's is built in the background."""
+        """Return the document index of a shard; the next index is built in the background."""
         with self.lock:
-            wanted = (number, (number + 1) % len(self.shards.shards))
-            for shard in wanted:
+            needed = (number, (number + 1) % len(self.shards.shards))
+            for shard in needed:
                 if shard not in self.indexes:
                     self.indexes[shard] = self.pool.submit(
                         DocumentIndex, self.shards, shard, self.aligned
                     )
-            for shard in [shard for shard in self.indexes if shard not in wanted][:-MAX_OPEN]:
+            for shard in [shard for shard in self.indexes if shard not in needed][:-MAX_OPEN]:
                 del self.indexes[shard]
             future = self.indexes[number]
         return future.result()
@@ -270,12 +270,12 @@ class BinLoader:
         return step_start.visit % len(self.shards.shards)
 
     def _micro_batch_rows(self, rows: int, length: int) -> int:
-        """The most rows of a micro-batch that divide the rank's rows evenly."""
+        """Return the maximum rows of a micro-batch that divide the rank's rows evenly."""
         most = rows if self.micro_batch_tokens is None else self.micro_batch_tokens // length
         return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)
 
     def _share_read(self, shape: Shape) -> float:
-        """Share of a shard's tokens that rows of this shape read."""
+        """Return the share of a shard's tokens that rows of this shape read."""
         if not self.aligned:
             used = [
                 (len(shard) - 1) // (shape.rows * shape.length) * shape.rows * shape.length
@@ -300,7 +300,7 @@ class BinLoader:
 
 
 class BinValidation:
-    """Batches of the first `tokens` tokens of a validation split, in sequential rows.
+    """Batches of sequential rows from the first `tokens` tokens of a validation split.
 
     tokens: a multiple of `length`; the speedrun's validation reads 10,485,760. rows: rows of a
     batch on one rank. Can be iterated again; reads one batch at a time.
@@ -346,7 +346,7 @@ def _fill_aligned(
 ) -> None:
     """Fill rows [rows, length + 1] and doc_ids [rows, length] with whole and cut documents.
 
-    documents [rows + 1]: the first document of each row, and of the row after.
+    documents [rows + 1]: the first document of each row and of the next row.
     """
     for row, ids, first, last in zip(rows, doc_ids, documents[:-1], documents[1:], strict=True):
         begin = 0

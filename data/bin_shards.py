@@ -1,9 +1,9 @@
 """Token shards in the `.bin` format of llm.c and modded-nanogpt.
 
 A file has a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then
-the tokens as uint16. llm.c's variant for Llama 3 (magic 20240801, version 7, uint32) is read, too.
-A split is a set of files that a pattern selects, such as fineweb_train_*.bin, in the order of their
-names. Document starts are not stored: a document begins with the bos token.
+the tokens as uint16. It also reads llm.c's variant for Llama 3 (magic 20240801, version 7,
+uint32). A split is a set of files that a pattern selects, such as fineweb_train_*.bin, ordered by
+name. Document starts are not stored: a document begins with the bos token.
 """
 
 import glob
@@ -69,7 +69,7 @@ def read_header(path: Path) -> Header:
 
 
 def read_bin(path: Path) -> np.ndarray:
-    """The tokens of a shard, memory-mapped: uint16 (uint32 in llm.c's variant) [tokens]."""
+    """Return a shard's tokens, memory-mapped: uint16 (uint32 in llm.c's variant) [tokens]."""
     header = read_header(path)
     # A plain array: slicing an np.memmap is slow
     return np.memmap(path, header.dtype, "r", HEADER_BYTES, (header.tokens,)).view(np.ndarray)
@@ -163,11 +163,11 @@ class BinShards:
         ).hexdigest()
 
     def __len__(self) -> int:
-        """Tokens in this split."""
+        """Return the number of tokens in this split."""
         return int(self.bounds[-1])
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [start, stop) as int64, and for each the number of documents begun after start."""
+        """Return tokens [start, stop) as int64, and doc_ids: documents begun after start."""
         assert 0 <= start < stop <= len(self), (start, stop, len(self))
         pieces = []
         first, last = np.searchsorted(self.bounds, (start + 1, stop)) - 1
@@ -191,9 +191,9 @@ class BinShards:
 
 
 def bin_token_bytes(folder: Path, vocab_size: int) -> np.ndarray | None:
-    """Text bytes of each token, int64 [vocab_size], by the tokenizer/ beside shards; else None.
+    """Return the text bytes of each token, int64 [vocab_size]; None without tokenizer/.
 
-    For bits per byte. Ids without text, such as padding of the vocabulary, have 0 bytes.
+    Used for bits per byte. Ids without text, such as vocabulary padding, have 0 bytes.
     ValueError if a token with text is outside the vocabulary.
     """
     if not (folder / "tokenizer").is_dir():
@@ -210,7 +210,7 @@ def bin_token_bytes(folder: Path, vocab_size: int) -> np.ndarray | None:
 
 
 def _sample_hash(path: Path) -> str:
-    """Hash of a file's size and of evenly spaced samples: tells files apart in a millisecond."""
+    """Hash a file's size and evenly spaced samples of it, which takes about a millisecond."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:

@@ -1,7 +1,8 @@
 """PackedDataLoader: the batches of one optimizer step as a pure function of the batch index.
 
-The loader has no iterator state to save. Resuming asks for the next batch index: exact, O(1), and
-free to change the world size. Each source's rows (packing.py) are shuffled anew in every epoch.
+The loader has no iterator state to save. Resuming requests the next batch index, which is
+exact, O(1), and independent of the world size. Each source's rows (packing.py) are shuffled anew in
+every epoch.
 """
 
 import hashlib
@@ -20,17 +21,17 @@ from data.packing import IGNORE, LongDocuments, Rows, Source, StreamRows, make_r
 from data.tokenizers.bpe import document_encoder
 
 BLOCK = 1000  # rows; each block has the mixture's exact proportions, rounded to 1/BLOCK
-# Repeated tokens are nearly as good as new ones up to here (Muennighoff et al. 2023,
-# arXiv:2305.16264)
+# Up to here, repeated tokens are nearly as good as new tokens (Muennighoff et al. 2023,
+# arXiv:2305.16264).
 MAX_EPOCHS = 4
-HASHED_STEPS = 1 << 14  # that the fingerprint covers of a function without a definition
+HASHED_STEPS = 1 << 14  # values of a function without a definition that the fingerprint covers
 OfStep = Callable[[int], int]  # a number as a function of the step
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device without waiting, where that is safe.
+    """Copy a tensor to a device, non-blocking where that is safe.
 
-    A copy to mps that does not wait may read freed memory: pytorch/pytorch issue 189690.
+    A non-blocking copy to mps may read freed memory: pytorch/pytorch issue 189690.
     """
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
@@ -63,13 +64,13 @@ class Step(NamedTuple):
 
 
 class Loader(Protocol):
-    fingerprint: str  # changes with the data, their order and their mixture
+    fingerprint: str  # changes with data, order or mixture
 
     def at(self, batch_index: int) -> Step: ...
 
 
 class PackedSource(Protocol):
-    """A source that packs its own rows, such as conversations (chat/sft.py)."""
+    """A source that packs its rows itself, such as conversations (chat/sft.py)."""
 
     fingerprint: str
     documents: int
@@ -85,10 +86,10 @@ class PackedDataLoader:
     sources: name -> TokenShards, LongDocuments or PackedSource.
     mix: name -> weight, as a share of the targets that have a loss.
     rows: rows of a step over all ranks, constant or a function of the batch index. Each rank gets
-    an equal contiguous share of them.
+    an equal contiguous share.
     packing: "stream" (concatenate documents) or "best_fit" (cut only documents longer than a row).
-    start_epoch: source -> epochs of it that were read before; reading goes on there.
-    Every row of a source is used before one repeats.
+    start_epoch: source -> epochs that earlier phases have read; reading continues there.
+    Every row of a source is used before any row repeats.
 
     `PackedDataLoader(dataset, tokenizer, seq_len, batch_size)` returns a TextLoader, an iterable.
     """
@@ -120,7 +121,7 @@ class PackedDataLoader:
         self.rank, self.world = rank, world
         self.varies, self.rows_of = callable(rows), as_function(rows)
         self.rows = self.rows_at(0)  # of the first step
-        self.begins, self.lock = [0], Lock()  # first row of each step, if rows varies; it grows
+        self.begins, self.lock = [0], Lock()  # first row of each step if `rows` varies; grows
         self.packed = [self._packed_rows(name, packing) for name in self.names]
         row_weights = [
             mix[name] / rows.share for name, rows in zip(self.names, self.packed, strict=True)
@@ -140,7 +141,7 @@ class PackedDataLoader:
         self.start_epoch = dict(start_epoch or {})
         if self.start_epoch:
             self.fingerprint += f" start_epoch={dict(sorted(self.start_epoch.items()))}"
-        # First row of each source, counted over its epochs
+        # First row of each source, counted over its epochs.
         self.first_rows = [
             round(self.start_epoch.get(name, 0.0) * len(rows))
             for name, rows in zip(self.names, self.packed, strict=True)
@@ -149,7 +150,7 @@ class PackedDataLoader:
         self._block = lru_cache(maxsize=4)(self._draw_block)
 
     def rows_at(self, batch_index: int) -> int:
-        """Return the rows of a step over all ranks; ValueError if they do not divide over them."""
+        """Return the rows of a step over all ranks; ValueError if they do not divide evenly."""
         rows = self.rows_of(batch_index)
         if rows < 1 or rows % (self.world * self.micro_batch_size):
             raise ValueError(
@@ -174,7 +175,7 @@ class PackedDataLoader:
         return self.names[self._locate(row)[0]]
 
     def steps_of_epochs(self, epochs: float, names: Collection[str]) -> int:
-        """Return the steps of so many passes over all rows of the named sources."""
+        """Return the steps for `epochs` passes over all rows of the named sources."""
         chosen = [name in names for name in self.names]
         count = sum(len(self.packed[i]) for i, is_chosen in enumerate(chosen) if is_chosen)
         share = float(self.quota[chosen].sum() / self.quota.sum())  # of the rows of a step
@@ -219,7 +220,7 @@ class PackedDataLoader:
     def describe(self, steps: int) -> list[str]:
         """Return one line per source on its epochs in `steps` steps, and warnings.
 
-        A source above MAX_EPOCHS epochs gets a warning. ValueError as rows_at, for any step.
+        A source above MAX_EPOCHS epochs gets a warning. ValueError as in rows_at, for any step.
         """
         lines, warnings = [], []
         for (name, epochs), rows in zip(self.epochs(steps).items(), self.packed, strict=True):
@@ -285,10 +286,10 @@ class PackedDataLoader:
 class TextLoader(PackedDataLoader):
     """Batches of packed rows from texts in order, tokenized on the fly in one process.
 
-    `PackedDataLoader(dataset, tokenizer, seq_len, batch_size)` returns it. Training reads a store.
+    `PackedDataLoader(dataset, tokenizer, seq_len, batch_size)` returns it. Training uses a store.
     dataset: texts, or rows with a text under text_column. tokenizer: from tokenizers or
-    transformers. Each document begins with bos, or eos without a bos; rows are cut from the
-    concatenated documents. The last incomplete batch is dropped. Each iteration starts from the
+    transformers. Each document begins with bos, or with eos if there is no bos; rows are cut from
+    the concatenated documents. The last incomplete batch is dropped. Each iteration starts from the
     first text, if the dataset can be iterated again.
     """
 
@@ -312,7 +313,7 @@ class TextLoader(PackedDataLoader):
             ids = self.encode(row if isinstance(row, str) else row[self.text_column])
             tokens = np.concatenate([tokens, np.array(ids, np.int64)])
             doc_ids = np.concatenate([doc_ids, np.full(len(ids), number, np.int32)])
-            while len(tokens) > needed:  # one more: the target of the last
+            while len(tokens) > needed:  # one more, as the target of the last token
                 flat = (tokens[:needed], tokens[1 : needed + 1], doc_ids[:needed])
                 rows = [array.reshape(self.batch_size, self.length).copy() for array in flat]
                 rows[2] -= rows[2][:, :1]  # documents count from 0 in each row
@@ -374,14 +375,15 @@ class Prefetcher:
 
     def __init__(self, loader: Loader, device: torch.device):
         self.loader, self.device, self.fingerprint = loader, device, loader.fingerprint
-        # Without set_device, the new thread would pin memory through GPU 0 and open a context there
+        # Without set_device, the new thread would pin memory through GPU 0 and create a context
+        # there.
         initializer = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self.pool = ThreadPoolExecutor(1, "prefetch", *initializer)
         self.ahead: tuple[int, Future[Step]] | None = None
 
     @property
     def position(self) -> int:
-        """The batch index after the last one that at() returned; 0 before the first."""
+        """The batch index after the last batch that at() returned; 0 before the first."""
         return self.ahead[0] if self.ahead else 0
 
     def _load(self, batch_index: int) -> Step:
@@ -418,9 +420,9 @@ def as_function(value: int | OfStep) -> OfStep:
 
 
 def schedule_text(value: int | OfStep) -> str:
-    """Return a constant as text, and a function of the step as its attribute `definition`.
+    """Return a constant as text, or the attribute `definition` of a function of the step.
 
-    A function without a definition is a hash of its first values.
+    Without that attribute, return a hash of the function's first values.
     """
     if not callable(value):
         return str(value)
@@ -431,7 +433,7 @@ def schedule_text(value: int | OfStep) -> str:
 
 
 def _check_enough(name: str, source: Source, length: int) -> None:
-    """Raise ValueError if a source does not fill one row."""
+    """ValueError if a source does not fill one row."""
     if len(source) > length:
         return
     if isinstance(source, LongDocuments):

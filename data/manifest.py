@@ -1,4 +1,4 @@
-"""Manifests: JSON files beside a stage's output by which the next run skips a finished stage.
+"""Manifests: JSON files beside a stage's output; with a current manifest, a run skips the stage.
 
 A manifest has "inputs" (hashes and settings that determine the output) and the stage's records. It
 is written last: an output without a manifest is unfinished.
@@ -31,7 +31,7 @@ NAME = "manifest.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, {} if the file is missing; ValueError for other content."""
+    """Return the object in a JSON file; {} if the file is missing, ValueError if it is damaged."""
     return files.read_json(path) if path.is_file() else {}
 
 
@@ -65,7 +65,7 @@ def save_arrays(folder: Path, split: str, arrays: Mapping[str, np.ndarray]) -> N
 
 
 def _cache_fault(folder: Path, content: dict[str, Any], arrays: Sequence[str]) -> str | None:
-    """Return the fault of a folder of `load_or_prepare`; None if all checksums match."""
+    """Describe the damage of a folder of `load_or_prepare`; None if all checksums match."""
     sums: dict[str, str] = {}
     for split in ("train", "val"):
         names = [f"{split}.{array}.npy" for array in arrays]
@@ -90,9 +90,9 @@ def load_or_prepare(
 ) -> tuple[Path, dict[str, Any]]:
     """Return the cached folder of arrays made from these inputs, and its report.
 
-    A missing folder is prepared. prepare(folder) writes <split>.<array>.npy for the splits train
-    and val and returns the report. The folder is published by rename. files: the input files; free
-    space below a quarter of their size raises an OSError before the work.
+    Prepares a missing folder. prepare(folder) writes <split>.<array>.npy for the splits train and
+    val and returns the report. The folder is then renamed into place. files: the input files; if
+    free space is below a quarter of their size, OSError before the work starts.
     """
     if Path(name).name in ("", "..") or Path(name).name != name:
         raise ValueError(f"the source name {name!r} must be a plain folder name, such as my_rows")

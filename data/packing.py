@@ -1,9 +1,9 @@
 """Pack a source's documents into rows of fixed length: as one stream, or best-fit.
 
 Stream packing concatenates the documents and cuts the stream into rows. Best-fit packing cuts only
-documents longer than a row. A token's target is the next token of its document; the last token's is
-bos. A best-fit plan is a pure function of (shards, row length, seed), cached beside the shards and
-memory-mapped.
+documents longer than a row. A token's target is the next token of its document; the last
+token's target is bos. A best-fit plan is a pure function of (shards, row length, seed), cached
+beside the shards and memory-mapped.
 """
 
 import errno
@@ -24,13 +24,13 @@ from files import remove_stale, temporary
 
 IGNORE = -100  # target without a loss; models.losses.IGNORE
 PACKINGS = ("stream", "best_fit")
-ALGORITHM = 1  # version; increment when the same inputs give another plan
+ALGORITHM = 1  # version; increment when the same inputs give a different plan
 # The pieces of a row: (piece length, number of such pieces), longest first
 Pattern = tuple[tuple[int, int], ...]
 
 
 def document_table(shards: TokenShards) -> tuple[np.ndarray, np.ndarray]:
-    """Start and length in tokens of each document in a split's stream: two int64 [documents]."""
+    """Return start and length in tokens of each document of a split: two int64 [documents]."""
     bases = shards.bounds[:-1].tolist()
     begins = [np.asarray(starts) + base for starts, base in zip(shards.starts, bases, strict=True)]
     starts = np.concatenate([np.empty(0, dtype=np.int64), *begins])
@@ -50,7 +50,7 @@ class LongDocuments:
         starts, lengths = document_table(shards)
         selected = lengths >= minimum
         self.starts, self.lengths = starts[selected], lengths[selected]
-        self.ends = np.cumsum(self.lengths)  # in this view's stream
+        self.ends = np.cumsum(self.lengths)  # starts in this view's stream
         self.documents, self.tokens = len(self.starts), int(self.lengths.sum())
         self.fingerprint = f"{shards.fingerprint} of {minimum} tokens or more"
 
@@ -84,9 +84,9 @@ Source = TokenShards | LongDocuments
 
 
 class Rows(Protocol):
-    """One source's rows of `length` tokens, numbered from 0."""
+    """The rows of one source, of `length` tokens, numbered from 0."""
 
-    share: float  # mean share of a row's tokens that have a loss; in pretraining all but padding
+    share: float  # mean share of a row's tokens that have a loss; in pretraining, all but padding
     report: str  # cost of the packing, for the console, or ""
 
     def __len__(self) -> int: ...
@@ -146,7 +146,7 @@ class PackingPlan(NamedTuple):
 
 
 class BestFitRows:
-    """Rows of whole documents, and of pieces of longer ones (Ding et al. 2024, arXiv:2404.10830).
+    """Rows of whole documents and of pieces of longer documents (Ding et al., arXiv:2404.10830).
 
     Each piece has its own id in doc_ids. Padding has token 0, target IGNORE and one more id.
     """
@@ -225,7 +225,7 @@ def best_fit_decreasing(counts: Sequence[int], capacity: int) -> list[tuple[int,
                     spaces ^= 1 << space
             else:
                 space, rows, pattern = capacity, -(-left // (capacity // length)), ()
-            # A row that took a piece is the tightest: fill it with as many as it holds
+            # A row that received a piece is now the fullest, so fill it with as many as it holds.
             per_row = space // length
             full = min(rows, left // per_row)
             if full:
@@ -242,7 +242,7 @@ def best_fit_decreasing(counts: Sequence[int], capacity: int) -> list[tuple[int,
 def cut_into_pieces(
     starts: np.ndarray, lengths: np.ndarray, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Start and size of each piece: first the row-sized pieces, then each document's remainder."""
+    """Return start and size of each piece: first row-sized pieces, then the remainders."""
     full_pieces, remainders = np.divmod(lengths, capacity)
     long, short = np.flatnonzero(full_pieces), np.flatnonzero(remainders)
     counts = full_pieces[long]
@@ -292,7 +292,7 @@ def make_plan(starts: np.ndarray, lengths: np.ndarray, capacity: int, seed: int)
 
 
 def plan_cost(plan: PackingPlan, lengths: np.ndarray, capacity: int) -> dict[str, float]:
-    """Return shares: padding tokens, documents cut by the plan, and by stream packing."""
+    """Return shares: padding tokens, documents cut by the plan, documents cut by stream packing."""
     ends = np.cumsum(lengths)
     cut_by_stream = (ends - lengths) // capacity != (ends - 1) // capacity
     rows = len(plan.rows) - 1
@@ -316,8 +316,8 @@ def load_or_make_plan(
 ) -> tuple[PackingPlan, dict[str, float]]:
     """Return a source's plan and its cost, memory-mapped from beside its shards.
 
-    A missing or damaged plan is made and written. Concurrent processes write equal plans to
-    temporary folders, and the first rename wins. In a read-only store the plan stays in memory.
+    Makes and writes a missing or damaged plan. Concurrent processes write equal plans to temporary
+    folders, and the first rename succeeds. In a read-only store, the plan remains in memory.
     """
     folder, inputs = plan_folder(source, length, seed)
     exists = folder.exists()

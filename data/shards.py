@@ -48,7 +48,7 @@ class ShardFile:
         self.tokens += len(document)
 
     def close(self) -> dict:
-        """Publish the shard; returns its manifest entry."""
+        """Publish the shard; return its manifest entry."""
         _sync(self.file)
         starts = self.temporary.with_suffix(".starts.tmp")
         with open(starts, "wb") as file:
@@ -269,13 +269,13 @@ class TokenShards:
         return tokens, np.cumsum(begins, dtype=np.int32)
 
     def verify(self) -> None:
-        """Verify the checksums and token ids of all splits; ValueError names the first fault."""
+        """Verify the checksums and token ids of all splits; ValueError names the first error."""
         content = read_shards_manifest(self.folder)
         for split in content["splits"]:
             self._verify(split, content)
 
     def _verify(self, split: str, content: dict) -> None:
-        """Raise ValueError if a file of a split has changed or has ids beyond the vocabulary."""
+        """ValueError if a file of a split has changed or has ids beyond the vocabulary."""
         dtype, size = np.dtype(content["dtype"]), content["vocab_size"]
 
         def too_large(path: Path) -> str | None:

@@ -17,7 +17,7 @@ DUMMY = "dummy"  # source of a store without text; also its tokenizer hash
 
 
 class StoreTokenizer(NamedTuple):
-    """What training needs of a store's tokenizer. folder is None for dummy data."""
+    """A store's tokenizer as training uses it. folder is None for dummy data."""
 
     folder: Path | None
     special: dict[str, Any]  # ids of bos, eos and pad for config.json
@@ -27,7 +27,7 @@ class StoreTokenizer(NamedTuple):
 def open_tokenizer(store: str | Path, vocab_size: int, padded: bool = False) -> StoreTokenizer:
     """Return the tokenizer of a store; ValueError if the model's vocabulary size differs.
 
-    padded: the model may have more rows than the tokenizer has tokens, as published ones have.
+    padded: the model may have more rows than the tokenizer has tokens, like published models.
     """
     folder = Path(store) / "tokenizer"
     if not folder.is_dir() and (Path(store) / "tokens" / DUMMY).is_dir():

@@ -15,16 +15,16 @@ from typing import Any
 from files import file_hash, read_object, write_json
 from machine import cpus
 
-NOTICE_BYTES = 2e9  # verifying more than this prints a line
+NOTICE_BYTES = 2e9  # bytes; verifying more prints a line
 
 
 def find_damaged_file(
     folder: Path, sums: Mapping[str, str], check: Callable[[Path], str | None] | None = None
 ) -> str | None:
-    """Return the fault of a folder's first damaged file; None if every file has its sha256.
+    """Describe a folder's first damaged file; None if every file has its sha256.
 
-    sums: name -> sha256. check: returns any other fault of a file, such as ids beyond the
-    vocabulary. One process verifies; concurrent ones wait for it.
+    sums: name -> sha256. check: returns another problem of a file, such as ids beyond the
+    vocabulary. One process verifies; concurrent processes wait for it.
     """
     note = folder.with_name(f".{folder.name}.verified.json")
     if not _changed(folder, sums, note):

@@ -1,6 +1,6 @@
 """Write a checkpoint as GGUF files, tensor by tensor, for llama.cpp.
 
-Tensor types and fallbacks are those of llama.cpp's quantiser (llama-quant.cpp). Weights are
+Tensor types and fallbacks follow llama.cpp's quantiser (llama-quant.cpp). Weights are
 quantised from the stored values, never from f16. Needs the gguf package; q4_k_m also needs a
 llama.cpp library (inference/llamacpp.py) or libgguf.
 """
@@ -64,11 +64,12 @@ def write_gguf(
     threads: int = 0,
     say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, int]]:
-    """Write a folder as GGUF files, one per outtype. Each tensor is read once; one is in memory.
+    """Write a folder as GGUF files, one per outtype. Each tensor is read once, one at a time.
 
-    targets: outtype -> file; all files appear by rename at the end. vocabulary adds the tokenizer's
-    keys to a gguf.GGUFWriter. name: general.name. threads: for quantisation; 0: all cores of this
-    process. Output bytes are deterministic. Returns outtype -> tensor type -> number of tensors.
+    targets: outtype -> file; all files are renamed into place at the end. vocabulary adds the
+    tokenizer's keys to a gguf.GGUFWriter. name: general.name. threads: for quantisation; 0: all
+    cores of this process. Output bytes are deterministic. Returns outtype -> tensor type -> number
+    of tensors.
 
     ValueError for an unsuitable folder, an unknown outtype or a full disk; no partial file remains.
     """
@@ -239,7 +240,7 @@ def find_k_quantizer() -> RowQuantiser:
 def check_space(
     tensors: list[PlannedTensor], types: dict[str, list[str]], targets: Mapping[str, Path]
 ) -> None:
-    """ValueError if a disk is too small for its files; 16 MB per file are for the vocabulary."""
+    """ValueError if a disk is too small for its files; each includes 16 MB for the vocabulary."""
     import gguf
 
     need: dict[Path, int] = {}

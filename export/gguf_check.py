@@ -24,12 +24,12 @@ from models.hf import load_hf, read_hf_config
 from models.nanollama import NanoLlama
 
 WINDOW = 512  # tokens per independent window of text
-MAX_ERROR = 0.02  # of a logit; times the logits' standard deviation where that exceeds 1
+MAX_ERROR = 0.02  # of a logit; times the logits' standard deviation if that exceeds 1
 # Nats per token. llama.cpp rounds activations to the weights' type.
 MAX_KL = {"f32": 1e-5, "f16": 1e-5, "bf16": 1e-4, "q8_0": 1e-3}
-WRONG_FACTOR = 10  # over MAX_ERROR or MAX_KL: rounding of activations cannot explain more
-# Of a mixture of experts, the limits hold for the median token: where two experts have nearly equal
-# scores, rounding chooses the other one and moves that token's logits by more than rounding does.
+WRONG_FACTOR = 10  # times MAX_ERROR or MAX_KL: rounding cannot explain a larger error
+# For a mixture of experts, the limits apply to the median token: if two experts have nearly equal
+# scores, rounding may switch the expert, which changes that token's logits more than rounding does.
 # Relative root mean square error of a tensor, by type. Normal weights have
 # 0, 0.0002, 0.0017, 0.006, 0.02, 0.04, 0.04, 0.04 and 0.08.
 MAX_WEIGHT_ERROR = {
@@ -132,7 +132,7 @@ def reference(folder: Path, text: str, tokens: int, strings: int, new: int = 40)
 def fuzz(text: str, count: int, seed: int = 0) -> list[str]:
     """Generate tokenizer test strings.
 
-    They are edge cases, spans of the text, random Unicode, digits, white space and bytes.
+    Includes edge cases, spans of the text, random Unicode, digits, white space and bytes.
     """
     draw = random.Random(seed)
     pieces = [*EDGE_CASES, "a", "Z", "7", "_", "'s", "'RE", "--", "...", "\u2014", "$", "#!", "://"]
@@ -178,11 +178,11 @@ def fuzz(text: str, count: int, seed: int = 0) -> list[str]:
 def compare_tokens(texts: Sequence[str], tokenizer: Tokenizer, runtime: LlamaCpp) -> dict[str, Any]:
     """Compare llama.cpp's tokenizer with ours.
 
-    Texts are encoded as plain text and with special tokens, and the latter decoded again. Returns
-    the number of strings, encoding mismatches, the first one, and decoding mismatches.
+    Texts are encoded as plain text and with special tokens; the latter are decoded again. Returns
+    the number of strings, encoding mismatches, the first of them, and decoding mismatches.
     """
     shown = [token for token in SHOWN if tokenizer.token_to_id(token) is not None]
-    # Around a byte that the vocabulary lacks, tokenizers merges the neighbours; llama.cpp does not.
+    # At a byte missing from the vocabulary, tokenizers merges the neighbours; llama.cpp does not.
     missing_bytes = {
         char for char in pre_tokenizers.ByteLevel.alphabet() if tokenizer.token_to_id(char) is None
     }
@@ -216,7 +216,7 @@ def compare_tokens(texts: Sequence[str], tokenizer: Tokenizer, runtime: LlamaCpp
 def weight_errors(folder: Path, reader: Any) -> dict[str, float]:
     """Return each tensor type's largest relative error from the checkpoint's weights.
 
-    A missing tensor, or one of another shape, ends the comparison: its name has an infinite error.
+    A missing tensor, or a wrong shape, ends the comparison: that name gets an infinite error.
     """
     import gguf
 
@@ -296,7 +296,7 @@ def _compare_logits(ref: Reference, runtime: LlamaCpp) -> dict[str, Any]:
 def _compare_text(ref: Reference, runtime: LlamaCpp) -> dict[str, Any]:
     """Compare greedy continuations.
 
-    Returns the number of equal ones, and the largest logit gap between the first differing tokens.
+    Returns the number of equal texts and the largest logit gap at a first differing token.
     """
     same, gap = 0, 0.0
     for window, expected in zip(ref.windows, ref.greedy, strict=False):
@@ -334,7 +334,7 @@ def verdict_of(row: dict[str, Any], logit_std: float) -> tuple[str, list[str]]:
     """Return the verdict and its reasons.
 
     The verdict is "ok", "high" (over a limit, but rounding can explain it) or "wrong". Rounding may
-    push the worst of about 100 million logits over its limit; an error also raises the mean, KL.
+    push the worst of about 100 million logits over its limit; an error also raises the mean KL.
     """
     wrong: list[str] = []
     high: list[str] = []

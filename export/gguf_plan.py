@@ -39,7 +39,7 @@ def read_config(folder: Path) -> ModelConfig:
     if config.kind == "moe" and (problem := config.moe.problem_of_mixtral):
         raise ValueError(
             f"{folder} cannot be exported to GGUF: it has {problem}. Chat and evaluate the "
-            "checkpoint itself, or train with settings that Mixtral has"
+            "checkpoint itself, or train with settings that Mixtral supports"
         )
     if config.rope_scaling is not None and config.rope_scaling.type == "llama3":
         raise ValueError(
@@ -56,7 +56,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def architecture(config: ModelConfig) -> str:
-    """Return llama.cpp's name of the architecture. Its llama includes Mixtral."""
+    """Return llama.cpp's name of the architecture; Mixtral is part of its llama."""
     if config.qk_norm:
         return "qwen3moe" if config.kind == "moe" else "qwen3"
     return "llama"
@@ -80,20 +80,20 @@ class StoredTensor(NamedTuple):
 
 
 class StackedTensor(NamedTuple):
-    """Tensors of equal shape that are one tensor in a GGUF file."""
+    """Tensors of equal shape that a GGUF file stores as one."""
 
-    parts: tuple[StoredTensor, ...]
+    tensors: tuple[StoredTensor, ...]
 
     @property
     def dtype(self) -> str:
-        return self.parts[0].dtype
+        return self.tensors[0].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return len(self.parts), *self.parts[0].shape
+        return len(self.tensors), *self.tensors[0].shape
 
     def read(self) -> np.ndarray:
-        return np.stack([part.read() for part in self.parts])
+        return np.stack([tensor.read() for tensor in self.tensors])
 
 
 class PlannedTensor(NamedTuple):
@@ -101,7 +101,7 @@ class PlannedTensor(NamedTuple):
 
     name: str
     stored: StoredTensor | StackedTensor
-    heads: int  # heads of a q or k that needs `permute`, else 0
+    heads: int  # heads of a q or k weight that needs `permute`, else 0
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -110,7 +110,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     for path in weight_files(folder):
         size = path.stat().st_size
         try:
-            with safe_open(path, framework="np"):  # checks that shapes and offsets fit the file
+            with safe_open(path, framework="np"):  # also checks shapes and offsets
                 pass
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
@@ -151,7 +151,7 @@ def plan_tensors(folder: Path, config: ModelConfig) -> list[PlannedTensor]:
     if different:
         raise ValueError(
             f"{folder}: config.json and the weights differ in {len(different)} tensors, "
-            f"among them {different[0]}"
+            f"e.g. {different[0]}; restore the model from a copy"
         )
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     result = []

@@ -21,7 +21,7 @@ from inference.gguf_tokenizer import field, open_gguf
 from models.hf import check_model_folder, weight_files
 
 CARD = "README.md"
-MARK = "<!-- written by scripts/push_to_hub.py -->"  # in cards that a later upload may replace
+MARK = "<!-- written by scripts/push_to_hub.py -->"  # marks cards that a later upload may replace
 COMPANIONS = (
     *("config.json", "generation_config.json", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -29,7 +29,7 @@ COMPANIONS = (
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
 )
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-Content = Path | str  # of a file: a path on this machine, or the text itself
+Content = Path | str  # a path on this machine, or the text of the file
 
 
 def check_repo(repo: str) -> str:
@@ -70,9 +70,9 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
 
 
 def gguf_files(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
-    """Return the GGUF files by name; ValueError if one is damaged or of another checkpoint.
+    """Return the GGUF files by name; ValueError if one is damaged or from another checkpoint.
 
-    The last norm decides: all types store it in float32, and every training step changes it.
+    Compares the last norm: all types store it in float32, and every training step changes it.
     """
     files: dict[str, Path] = {}
     for path in paths:
@@ -132,9 +132,9 @@ def size_of(content: Content) -> int:
 def upload(files: Mapping[str, Content], repo: str, private: bool) -> list[str]:
     """Commit the files to a model repository, which is created if missing; return report lines.
 
-    private: of a new repository; an existing one keeps its visibility. Files that the hub already
-    has are not sent again. A generated card does not replace one without MARK. ValueError if there
-    is no token, the repository is public but private is set, or the hub refuses or fails.
+    private: visibility of a new repository; an existing one keeps its own. Files that the hub
+    already has are not sent again. A generated card replaces only a card with MARK. ValueError if
+    there is no token, the repository is public but private is set, or the hub refuses or fails.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -209,7 +209,7 @@ def _complaint(error: Exception, repo: str) -> str:
         return f"the hub has no repository {repo} for this token; check the name and the token"
     return (
         f"uploading to {repo} failed ({type(error).__name__}: {reason}); run the same command "
-        "again: it does not resend files that have arrived"
+        "again: it sends only the missing files"
     )
 
 

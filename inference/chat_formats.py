@@ -21,7 +21,7 @@ from inference.gguf_tokenizer import tokenizer_folder
 
 
 class ChatFormat(Protocol):
-    """Converts between messages and tokens."""
+    """Convert messages to prompt tokens, and reply tokens to text."""
 
     @property
     def stop_ids(self) -> list[int]:
@@ -40,7 +40,7 @@ class ChatFormat(Protocol):
 
 
 class TemplateFormat:
-    """A folder's own chat template, rendered within limits. Replies are text, without tools."""
+    """The chat template of another model's folder, rendered within limits; no tool calls."""
 
     def __init__(self, folder: Path):
         from transformers import PreTrainedTokenizerFast
@@ -49,7 +49,7 @@ class TemplateFormat:
         try:
             self.renderer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
             self.template = BoundedTemplate(template_of(folder) or "")
-        except Exception as error:  # transformers raises many classes on damaged files
+        except Exception as error:  # damaged files raise many exception classes in transformers
             reason = str(error).split("\n")[0]
             raise ValueError(
                 f"transformers cannot read the tokenizer or chat template of {folder}: {reason}"
@@ -79,11 +79,12 @@ class TemplateFormat:
 
 
 class CompletionFormat:
-    """A base model continues the last message; it sees no other message."""
+    """Format of a base model, which continues the last message and sees no other message."""
 
     def __init__(self, folder: Path):
         self.tokenizer = load_tokenizer(folder)
-        self.tokenizer.encode_special_tokens = True  # special tokens in the user's text stay text
+        # Special tokens in the user's text are encoded as text.
+        self.tokenizer.encode_special_tokens = True
         self.bos, self.stop_ids = bos_and_stop_ids(folder)
 
     def prompt(

@@ -1,4 +1,4 @@
-"""A conversation: the user asks; the model thinks, calls tools and answers. Tool calls are run."""
+"""A conversation with a model that may think and call tools; tool calls are executed."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ CUT = "the reply stopped at the token limit"
 
 
 class ChatSession:
-    """One conversation. `messages` are in OpenAI's format; a failed turn leaves none."""
+    """One conversation. `messages` are in OpenAI's format; a failed turn adds none."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class ChatSession:
     def ask(self, text: str) -> Iterator[tuple[str, str]]:
         """Answer a message; yield (kind, text) pieces as they arrive.
 
-        kind: "thought", "content", "call" (of a tool), "result" (of a tool) or "note" (a problem).
+        kind: "thought", "content", "call" (tool call), "result" (its result) or "note" (a problem).
         """
         before = len(self.messages)
         complete = False
@@ -88,7 +88,7 @@ class ChatSession:
 
 
 def _difference(old: Reply, new: Reply) -> Iterator[tuple[str, str]]:
-    """Yield the pieces by which a reply has grown."""
+    """Yield the pieces that `new` adds to `old`."""
     for kind, before, after in (
         ("thought", old.thought, new.thought),
         ("content", old.content, new.content),

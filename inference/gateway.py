@@ -25,15 +25,15 @@ from data.chat.template import SHOWN
 from inference.gguf_tokenizer import CONTROL, field
 
 MAX_BODY = 8 * 2**20  # bytes
-MAX_WAITING = 256  # connections whose request is incomplete; one more closes the oldest
-MAX_ACTIVE = 64  # requests that llama.cpp works on or holds in its queue
+MAX_WAITING = 256  # connections with an incomplete request; the oldest is closed first
+MAX_ACTIVE = 64  # requests that llama.cpp runs or queues
 MAX_SCHEMA = 2**15  # bytes of one field's JSON schemas
 MAX_REPEATS = 1000
 REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
 READ_S = 20  # seconds for a request to arrive, and for each piece of a response to be sent
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-PLAIN = ("/tokenize", "/detokenize")  # endpoints whose text does not reach the model
+PLAIN = ("/tokenize", "/detokenize")  # endpoints whose text is not part of a prompt
 CHAT = (
     "/v1/chat/completions",
     "/chat/completions",
@@ -76,7 +76,7 @@ class Gateway(ThreadingHTTPServer):
     ):
         """upstream: path of llama.cpp's socket. special: tokens forbidden in text.
 
-        origins: web pages with access.
+        origins: web origins with access.
         """
         self.upstream, self.special, self.key, self.origins = upstream, special, key, origins
         self.active = threading.BoundedSemaphore(MAX_ACTIVE)
@@ -98,7 +98,7 @@ class Gateway(ThreadingHTTPServer):
             self.waiting.pop(connection, None)
 
     def service_actions(self) -> None:
-        """Cut the connections whose deadline has passed; called every half second."""
+        """Close connections whose deadline has passed; called every half second."""
         now = time.monotonic()
         with self.lock:
             late = [connection for connection, deadline in self.waiting.items() if deadline < now]
@@ -108,10 +108,10 @@ class Gateway(ThreadingHTTPServer):
         for connection in late:
             self.received(connection)
             with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # its thread then reads the end
+                connection.shutdown(socket.SHUT_RDWR)  # its thread then reads end of file
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore a lost client; report anything else."""
+        """Ignore clients that disconnected; report other errors."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -173,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
             self._forward(body)
 
     def do_OPTIONS(self) -> None:
-        """Answer a CORS preflight request of an allowed web page."""
+        """Answer the CORS preflight request of an allowed origin."""
         if self._admitted():
             self.send_response(204)
             self._common_headers()
@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
 
     def _admitted(self) -> bool:
-        """Check a request's headers; refuse it if a check fails."""
+        """Check a request's headers; send an error and return False if a check fails."""
         hosts, path = self.headers.get_all("Host") or [], self.path.partition("?")[0]
         has_port = len(hosts) == 1 and not hosts[0].endswith("]")
         name = hosts[0].rsplit(":", 1)[0] if has_port else "".join(hosts)
@@ -237,7 +237,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body)
             self.server.expect(self.connection)
-            with suppress(OSError):  # a client that is still sending would see a reset
+            with suppress(OSError):  # else a client that still sends gets a reset
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.rfile.read1(2**16):
                     pass
@@ -250,7 +250,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Vary", "Origin")
 
     def _forward(self, body: bytes | None) -> None:
-        """Relay a request to llama.cpp and the response to the client; closing one closes both."""
+        """Relay a request to llama.cpp and its response; if one side closes, close both."""
         if not self.server.active.acquire(blocking=False):
             self._refuse(503, f"{MAX_ACTIVE} requests are already waiting; try again later")
             return
@@ -309,7 +309,7 @@ def special_tokens(reader: Any) -> list[str]:
 
 
 def clean_request(request: dict[str, Any], special: Sequence[str]) -> dict[str, Any]:
-    """Neutralise special tokens in a request's text; ValueError for other content than text."""
+    """Neutralise special tokens in a request's text; ValueError for content that is not text."""
     messages = request.get("messages", [])
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and m.get("role") in ROLES for m in messages

@@ -14,7 +14,7 @@ from machine import exact_device
 from models.nanollama import NanoLlama
 
 GREEDY = Sampling()
-MIN_TOKENS_TO_PACK = 8  # new tokens from which packing the weights saves more time than it takes
+MIN_TOKENS_TO_PACK = 8  # from this many new tokens on, packing the weights pays off
 
 
 class GeneratedToken(NamedTuple):
@@ -33,7 +33,7 @@ class Constraint(Protocol):
         """Set the scores [V] of forbidden tokens to -inf, in place."""
 
     def accept(self, token: int) -> None:
-        """Advance by the token that was generated."""
+        """Advance by the generated token."""
 
 
 def stream(
@@ -49,13 +49,13 @@ def stream(
     cache: Cache | None = None,
     compile: bool = False,
 ) -> Iterator[GeneratedToken]:
-    """Continue each prompt (token ids, at least one); yield tokens as they come, row by row.
+    """Continue each prompt (token ids, at least one); yield each step's tokens, in row order.
 
     seed: one per row, or a number: row i uses seed + i. A row's tokens do not depend on the other
     rows. stopping_criterion(row, new tokens): called after each token; True ends the row.
     constraints: one per row, None for an unconstrained row.
-    cache: continue its rows, one prompt each. A cache of one row afterwards holds all tokens but
-    the last and can be continued again. A larger cache cannot: finished rows are dropped from it.
+    cache: continue its rows, one prompt each. Afterwards, a cache of one row holds all tokens but
+    the last and can be continued again. A larger cache cannot, because finished rows are dropped.
     compile: run each decoding step as a compiled graph over the full cache length, on a GPU as a
     CUDA graph. Compilation takes tens of seconds for each cache shape.
 
@@ -116,10 +116,10 @@ def stream(
         if seen is not None:
             seen.scatter_(1, chosen[:, None], True)
         if 2 * len(active) <= len(rows) and not compile:  # drop the finished rows
-            kept = [index for index, row in enumerate(rows) if row in active]
-            rows = [rows[index] for index in kept]
-            cache, chosen = cache.select(kept), chosen[kept]
-            seen = seen[kept] if seen is not None else None
+            indices = [index for index, row in enumerate(rows) if row in active]
+            rows = [rows[index] for index in indices]
+            cache, chosen = cache.select(indices), chosen[indices]
+            seen = seen[indices] if seen is not None else None
         if compile:
             scores = decode_compiled(model, chosen, cache)
         else:
@@ -139,7 +139,7 @@ def _check(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not prompts or not all(prompts):
-        raise ValueError("each prompt needs at least one token; start an empty one with bos")
+        raise ValueError("each prompt needs at least one token; begin an empty prompt with bos")
     size = model.config.vocab_size
     unknown = [token for prompt in prompts for token in prompt if not 0 <= token < size]
     if unknown:

@@ -80,7 +80,7 @@ KINDS["u16"] = (2,)
 
 class Value(NamedTuple):
     kind: int  # GGUF type number
-    element_kind: int  # of an array's elements, else -1
+    element_kind: int  # element type of an array, else -1
     value: Any  # number, str, list of str, or numpy array
 
 
@@ -101,7 +101,7 @@ class Gguf(NamedTuple):
         return default if entry is None else entry.value
 
     def of_model(self, name: str, default: Any = None) -> Any:
-        """Return the value of an architecture key; the largest of per-layer values."""
+        """Return the value of an architecture key; of per-layer values, the largest."""
         value = self.get(f"{self.get('general.architecture')}.{name}", default)
         return int(np.max(value)) if isinstance(value, np.ndarray) else value
 
@@ -151,7 +151,7 @@ class _Cursor:
     def take(self, count: int) -> int:
         """Advance by `count` bytes; return their start."""
         if count > self.size - self.position:
-            raise ValueError("it ends before its last tensor, or a length in it is wrong")
+            raise ValueError("it ends before its last tensor, or one of its lengths is wrong")
         self.position += count
         return self.position - count
 
@@ -198,7 +198,7 @@ class _Cursor:
         version, tensors, keys = self.number(4), self.number(10), self.number(10)
         if version not in (2, 3):
             raise ValueError(f"its version is {version}; supported are 2 and 3, little-endian")
-        if keys * 13 + tensors * 24 > self.size:  # minimum bytes of a key and of a tensor
+        if keys * 13 + tensors * 24 > self.size:  # minimum bytes per key and per tensor
             raise ValueError(f"its {keys} keys and {tensors} tensors exceed its size")
         values: dict[str, Value] = {}
         for _ in range(keys):
@@ -228,7 +228,7 @@ class _Cursor:
             except (ValueError, KeyError):
                 raise ValueError(f"{name} has the unknown type {kind}") from None
             if min(shape) < 1 or math.prod(shape) >= 1 << 48 or shape[0] % block:
-                raise ValueError(f"{name} has the shape {shape}, which its type cannot have")
+                raise ValueError(f"{name} has the shape {shape}, which its type does not allow")
             size = math.prod(shape) // block * width
             if offset != end:
                 raise ValueError(

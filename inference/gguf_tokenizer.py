@@ -1,6 +1,6 @@
 """Convert a folder's tokenizer and chat templates to GGUF keys, and back to a folder.
 
-llama.cpp has built-in pre-tokenizers, selected by name; other pre-tokenizers are refused. Thought
+llama.cpp selects a built-in pre-tokenizer by name; other pre-tokenizers raise ValueError. Thought
 and tool markers are USER_DEFINED tokens, because llama.cpp omits CONTROL tokens from its output.
 """
 
@@ -166,7 +166,7 @@ def _special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _adds_bos(tokenizer: Tokenizer, ids: dict[str, int], folder: Path) -> bool:
-    """True if the tokenizer adds bos; ValueError if it adds other tokens."""
+    """Return True if the tokenizer adds bos; ValueError if it adds other tokens."""
     with_special = tokenizer.encode("a", add_special_tokens=True).ids
     without = tokenizer.encode("a", add_special_tokens=False).ids
     if with_special == without:
@@ -224,7 +224,7 @@ def field(reader: Any, name: str) -> Any:
 
 
 def file_templates(reader: Any) -> dict[str, str]:
-    """Read a GGUF file's chat templates by name. Names must be words: others may hold a path."""
+    """Read a GGUF file's chat templates by name. Names must be words, as others may be paths."""
     names = [
         name
         for name in field(reader, "tokenizer.chat_templates") or []
@@ -249,7 +249,7 @@ def json_of(text: Any) -> Any:
 def tokenizer_folder(checkpoint: Path) -> Path:
     """Return a folder with a checkpoint's tokenizer, templates and config.
 
-    A checkpoint folder is returned itself; a .gguf file is unpacked to a temporary folder.
+    A checkpoint folder is returned unchanged; a .gguf file is unpacked to a temporary folder.
     ValueError if the file is missing or its pre-tokenizer is unknown.
     """
     if checkpoint.suffix != ".gguf":
@@ -279,7 +279,7 @@ def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=[bos, "$A"], special_tokens=[(bos, ids["bos"])]
             )
-    except Exception as error:  # the class that tokenizers raises
+    except Exception as error:  # tokenizers raises no narrower class
         raise ValueError(f"{path}: {error}") from error
     folder = tempfile.TemporaryDirectory(prefix="gguf-tokenizer-")
     root = Path(folder.name)

@@ -15,9 +15,9 @@ from machine import exact
 class JsonGrammar:
     """A JSON schema compiled for one tokenizer; `constraint()` applies it to one row.
 
-    tokenizer: of transformers. vocab_size: the model's, which may exceed the tokenizer's.
-    White space between JSON tokens is forbidden, because a small model may generate only that.
-    Bound strings and numbers in the schema (`maxLength`, `maximum`): nothing else ends them.
+    tokenizer: a transformers tokenizer. vocab_size: the model's; may exceed the tokenizer's.
+    White space between JSON tokens is forbidden, because a small model may generate nothing else.
+    Bound strings and numbers in the schema (`maxLength`, `maximum`): only these limits end them.
     """
 
     def __init__(self, schema: dict[str, Any] | str, tokenizer: Any, vocab_size: int):
@@ -43,7 +43,7 @@ class JsonGrammar:
 
 @functools.lru_cache(maxsize=4)
 def _compiler(tokenizer: Any, vocab_size: int) -> tuple[Any, Any, Tensor]:
-    """Return xgrammar, its compiler for a tokenizer, and tokens to forbid in addition.
+    """Return xgrammar, its compiler for a tokenizer, and additional tokens to forbid.
 
     The compiler shares the common parts of schemas (3 s for a string of 80). xgrammar 0.2.8 treats
     special tokens other than end tokens as text, and allows control characters in bounded strings,
@@ -97,7 +97,7 @@ class JsonConstraint:
             scores.fill_(-torch.inf)[allowed] = allowed_scores
         elif self.matcher is not None:
             self.matcher.fill_next_token_bitmask(self.bits)
-            row = exact(scores[None])  # xgrammar would compile its kernel for mps
+            row = exact(scores[None])  # on mps, xgrammar would compile a kernel
             self.grammar.xgrammar.apply_token_bitmask_inplace(row, self.bits.to(row.device))
             if row.device != scores.device:
                 scores.copy_(row[0])

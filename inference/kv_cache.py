@@ -1,7 +1,7 @@
 """A key-value cache, and the model's forward pass over it.
 
-The layers are written out again here over the model's own weights: training's forward pass needs
-no cache argument.
+The layers are written out again here over the model's weights, so that the training forward pass
+needs no cache argument.
 """
 
 import functools
@@ -58,7 +58,7 @@ class Cache:
         self.graph: _CudaGraph | None = None  # decode_compiled's graph for this cache
 
     def select(self, rows: Sequence[int], length: int | None = None) -> "Cache":
-        """Copy these rows, in this order and with repeats, to a new cache of `length` slots."""
+        """Copy rows, in the given order and with repeats, to a new cache of `length` slots."""
         first = self.keys[0]
         new = Cache(self.config, len(rows), length or self.length, first.device, first.dtype)
         new.lengths = [self.lengths[row] for row in rows]
@@ -169,7 +169,7 @@ def _trunk(
 
 
 def _rms_norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    """RMSNorm.forward up to fp32 rounding, in fewer steps: half the time for few rows on a CPU."""
+    """Apply RMSNorm in fewer operations, equal up to fp32 rounding; twice as fast on a CPU."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = (size * size).mul_(1 / x.shape[-1]).add_(norm.eps).rsqrt_()
     return norm.weight * (x * scale).to(x.dtype)
@@ -192,7 +192,7 @@ def _attention(
     end: int,
     valid: Tensor | None,
 ) -> Tensor:
-    """GroupedQueryAttention.forward over a cache, for x [B * T, D] or its `valid` rows [N, D].
+    """Run GroupedQueryAttention over a cache, for x [B * T, D] or its `valid` rows [N, D].
 
     The query heads that share a key head form one matrix: keys and values are read once and never
     copied. scaled_dot_product_attention(enable_gqa=True) takes 3 to 6 times as long for one bf16
@@ -238,7 +238,7 @@ def _compiled_decode() -> Callable[[NanoLlama, Tensor, Tensor, Cache], Tensor]:
 
 @torch.no_grad()
 def decode_compiled(model: NanoLlama, tokens: Tensor, cache: Cache) -> Tensor:
-    """Append one token [B] to each row by a compiled step; return logits [B, V].
+    """Append one token [B] to each row with a compiled step; return logits [B, V].
 
     On a GPU the step is a CUDA graph that belongs to the cache, and the next call overwrites the
     returned tensor.
@@ -248,7 +248,7 @@ def decode_compiled(model: NanoLlama, tokens: Tensor, cache: Cache) -> Tensor:
             f"the cache has room for {cache.length} tokens, not for one more; raise its length"
         )
     positions = torch.tensor(cache.lengths, device=tokens.device)[:, None]
-    # Products of experts may ask the GPU for the experts' loads, which a graph cannot.
+    # Expert matmuls may copy expert counts to the host, which a CUDA graph cannot capture.
     if tokens.device.type != "cuda" or model.config.kind == "moe":
         scores = _compiled_decode()(model, tokens[:, None], positions, cache)
     else:
@@ -266,7 +266,7 @@ class _CudaGraph:
         self.tokens, self.positions = tokens, positions
         warmup = torch.cuda.Stream()
         warmup.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warmup):  # repeating a step writes the same keys and values
+        with torch.cuda.stream(warmup):  # running a step again writes the same keys and values
             for _ in range(3):
                 _compiled_decode()(model, tokens, positions, cache)
         torch.cuda.current_stream().wait_stream(warmup)

@@ -1,4 +1,4 @@
-"""llama.cpp by ctypes: load a GGUF file, feed tokens, read logits.
+"""Call llama.cpp through ctypes: load a GGUF file, feed tokens, read logits.
 
 The library comes from the package xllamacpp (prebuilt) or llama-cpp-python. Only the first fields
 of its structs are declared; structs are passed in buffers larger than any version's, which the
@@ -22,7 +22,7 @@ from inference.gguf_file import check_gguf
 from machine import cpus
 
 BATCH = 512  # tokens per llama_decode call
-MAX_ERROR_LINES = 4  # lines of llama.cpp's errors in our messages
+MAX_ERROR_LINES = 4  # lines of llama.cpp's errors that a message quotes
 PROBE_CONTEXT = 64  # tokens
 PROBE_SECONDS = 10  # time limit of a probe: this, plus the file size over PROBE_RATE
 PROBE_RATE = 50e6  # bytes/s
@@ -153,8 +153,8 @@ def _error_text() -> str:
 def probe(path: Path) -> None:
     """Load a GGUF file and compute a token in a subprocess; ValueError if this fails.
 
-    Finds damage that check_gguf misses before this process loads the file. Runs once per version
-    of a file.
+    Finds damage that check_gguf misses before this process loads the file. The result is cached per
+    version of a file.
     """
     check_gguf(path)
     status = path.stat()
@@ -163,7 +163,7 @@ def probe(path: Path) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _probed(path: Path, size: int, changed: int, inode: int) -> None:
-    library()  # a missing library is not the file's fault
+    library()  # raise here if the library is missing: the file is not at fault
     command = [sys.executable, "-m", "inference.llamacpp", str(path)]
     root, seconds = Path(__file__).resolve().parent.parent, PROBE_SECONDS + size / PROBE_RATE
     try:
@@ -202,7 +202,7 @@ def _probe(path: Path) -> int:
 
 
 def check_weights(path: Path) -> None:
-    """ValueError if ggml's check finds values or scales that are not finite in a GGUF file."""
+    """ValueError if a weight or scale of a GGUF file is not finite, by ggml's own check."""
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     for name, tensor in check_gguf(path).tensors.items():
         data = raw[tensor.offset : tensor.offset + tensor.size]

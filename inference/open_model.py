@@ -1,4 +1,4 @@
-"""Load a model to talk to, from a checkpoint folder or a GGUF file, with its chat template."""
+"""Load a model for chat, with its chat template, from a checkpoint folder or a GGUF file."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Weight layouts for decoding on a CPU; `linear_ops` is the one entry point.
 
-torch's products of 1 to about 50 rows reach a third to a half of the speed of oneDNN's blocked
-weights or of a transposed matrix, in fp32 and bf16 (docs/performance.md).
+For 1 to about 50 rows, torch's matrix products reach a third to a half of the speed of oneDNN's
+blocked weights or of a transposed matrix, in fp32 and bf16 (docs/performance.md).
 A packed layout is a second copy of the weights in memory.
 """
 
@@ -17,11 +17,11 @@ from models.moe import MoE
 from models.nanollama import NanoLlama, SwiGLU
 
 Product = Callable[[Tensor], Tensor]  # x [N, in] -> [N, out]
-ROWS_HINT = 16  # rows that oneDNN chooses its blocks for; the blocks also serve 1 and 1,000 rows
+ROWS_HINT = 16  # rows that oneDNN tunes its blocks for; they also suit 1 and 1,000 rows
 
 
 class LayerOps(NamedTuple):
-    """Products of one layer; qkv fuses three projections, and the feed-forward's first two."""
+    """Matrix products of one layer; qkv fuses three projections, the feed-forward its first two."""
 
     qkv: Product
     out: Product

@@ -20,7 +20,7 @@ from models.hf import load_hf
 class Runner(Protocol):
     """Generates the continuation of one prompt at a time."""
 
-    context: int  # maximum of prompt and reply together, in tokens
+    context: int  # maximum tokens of prompt and reply together
 
     def generate(
         self,
@@ -127,6 +127,6 @@ def _check_length(prompt: Sequence[int], max_new_tokens: int, context: int) -> N
         raise ValueError("the prompt and the reply need at least one token each")
     if len(prompt) + max_new_tokens > context:
         raise ValueError(
-            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the model's context "
+            f"{len(prompt)} prompt and {max_new_tokens} new tokens exceed the model's context "
             f"of {context}; start a new conversation or ask for fewer tokens"
         )

@@ -1,4 +1,4 @@
-"""Sampling: logits to a token, with transformers' logits processors in their order."""
+"""Sample a token from logits, with the logits processors of transformers in the same order."""
 
 import math
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ MIN_TEMPERATURE = 1e-6  # dividing by less may overflow fp32; 0 means greedy dec
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings, applied in this order as in transformers' `generate`. Default: greedy."""
+    """Sampling settings, applied in this order, as transformers does. Default: greedy."""
 
-    repetition_penalty: float = 1.0  # seen tokens: divides positive scores, multiplies negative
+    repetition_penalty: float = 1.0  # for seen tokens: divides positive scores, multiplies negative
     temperature: float = 0.0  # divides the scores; 0: greedy, the settings below have no effect
     top_k: int = 0  # keep the k most likely tokens; 0: all
     top_p: float = 1.0  # keep the most likely tokens whose total probability first reaches p
@@ -87,7 +87,7 @@ def next_token(
 
 
 def uniforms(seeds: list[int], count: int) -> Tensor:
-    """Return uniform fp64 numbers [B, count] in [0, 1); each row depends on its seed alone."""
+    """Return uniform fp64 numbers [B, count] in [0, 1); each row depends only on its seed."""
     for seed in seeds:
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed={seed} must be at least -2**63 and below 2**64")

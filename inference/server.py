@@ -18,7 +18,7 @@ def serve(path: Path, port: int, context: int | None, key: str, origins: list[st
     """Answer OpenAI-compatible requests until SIGINT or SIGTERM.
 
     port: 0 takes any free port. key: the API key that clients must send; "": none.
-    origins: web pages that may use the server. Raises ValueError if llama.cpp cannot serve it.
+    origins: web origins that may use the server. ValueError if llama.cpp cannot serve the file.
     """
     reader = open_gguf(path)
     special = special_tokens(reader)
@@ -26,7 +26,7 @@ def serve(path: Path, port: int, context: int | None, key: str, origins: list[st
     probe(path)
     trained = parse(json_of(field(reader, TRAINED)))
     for template in file_templates(reader).values():
-        # llama.cpp renders templates without bounds, so try each within bounds first.
+        # llama.cpp renders templates without limits, so render each within limits first.
         BoundedTemplate(template).render([{"role": "user", "content": "Hello"}])
     try:
         import xllamacpp
@@ -41,7 +41,7 @@ def serve(path: Path, port: int, context: int | None, key: str, origins: list[st
     params.cors_origins = ""
     port = free_port("127.0.0.1", port)
     signals = [signal.SIGINT, signal.SIGTERM]
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # the server's threads inherit the mask
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # the server's threads inherit it
     with tempfile.TemporaryDirectory(prefix="nanollama-serve-") as folder:  # mode 0700
         params.hostnames = [f"{folder}/llama.sock"]
         try:

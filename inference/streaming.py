@@ -15,10 +15,10 @@ def replace_surrogates(text: str) -> str:
 
 
 class TextStream:
-    """Decodes tokens one by one and returns only final text.
+    """Decode tokens one by one; return only final text.
 
-    Incomplete characters and text that may begin a stop string are withheld. The concatenation of
-    all `push` and `flush` results is the decoded text up to the first stop string. decode: token
+    Incomplete characters and possible beginnings of a stop string are withheld. The concatenation
+    of all `push` and `flush` results is the decoded text up to the first stop string. decode: token
     ids to text, with U+FFFD for an incomplete character, as in the tokenizers library.
     """
 
@@ -52,7 +52,7 @@ class TextStream:
         return self.decode(self.context + self.tokens)[len(self.decode(self.context)) :]
 
     def _emit(self, text: str) -> str:
-        """Return the text before a stop string, or before a possible beginning of one."""
+        """Return the text before a stop string, or before its possible beginning."""
         self.context, self.tokens = self.tokens or self.context, []
         text = self.withheld + text
         stops = [index for stop in self.stop_strings if (index := text.find(stop)) >= 0]

@@ -19,7 +19,7 @@ from inference.open_model import trained_chat
 from inference.runners import Runner
 from inference.sampling import Sampling
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # no escape sequences from a model
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # also escape sequences
 STYLE = {
     "thought": "\033[2m",
     "content": "",
@@ -33,7 +33,7 @@ COMMANDS = {
     "/undo": "remove the last turn",
     "/retry": "answer the last message again, with another seed",
     "/save FILE": "write the conversation to a new .jsonl file, as one row of chat training",
-    "/quit": "end, as /exit and Ctrl-D",
+    "/quit": "end the chat; also /exit or Ctrl-D",
 }
 HELP = "\n".join(
     f"{name:<12}{about}"
@@ -100,7 +100,7 @@ def run_conversation(
     """Answer the prompts, or each line the user types.
 
     args: those of add_flags. history: file with the lines of earlier sessions. A ValueError ends
-    the turn of a typed line, and the conversation of given prompts.
+    only the turn of a typed line, but the whole conversation of given prompts.
     """
     conversation = Conversation(session, args)
     if not prompts:
@@ -186,7 +186,7 @@ class Conversation:
 
 
 def talk(conversation: Conversation, history: Path | None) -> None:
-    """Take the lines that the user types, until /quit, Ctrl-D, or Ctrl-C twice at the prompt."""
+    """Process the user's lines until /quit, Ctrl-D, or Ctrl-C twice at the prompt."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # invalid UTF-8
     remember = edit_lines(history)
@@ -241,7 +241,7 @@ def edit_lines(history: Path | None) -> Callable[[], None]:
 
     def remember() -> None:
         nonlocal count
-        new = readline.get_current_history_length() - count  # 0 for an empty or a repeated line
+        new = readline.get_current_history_length() - count  # 0 after an empty or repeated line
         if new > 0:
             count += new
             with suppress(OSError):
@@ -274,13 +274,13 @@ def save(session: ChatSession, name: str) -> Path:
 
 
 def shown(text: str) -> str:
-    """Return the beginning of a text as one line."""
+    """Shorten a text to one line."""
     line = CONTROL.sub("\ufffd", " ".join(text.split()))
     return line if len(line) <= 60 else f"{line[:60]}..."
 
 
 def print_turn(pieces: Iterator[tuple[str, str]]) -> None:
-    """Print the (kind, text) pieces of a turn as they arrive. KeyboardInterrupt: by Ctrl-C."""
+    """Print the (kind, text) pieces of a turn as they arrive. Ctrl-C: KeyboardInterrupt."""
     colour = sys.stdout.isatty()
     last = ""
     try:

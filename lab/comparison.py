@@ -1,4 +1,4 @@
-"""Comparison of variants: final values, differences to the baseline, positions of a target."""
+"""Compare variants: final values, differences to the baseline, and steps to reach a target."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ class VariantResult:
     name: str
     seeds: list[int]
     final: dict[str, Estimate]  # metric -> last value
-    difference: dict[str, Estimate | None]  # metric -> minus the baseline, paired by seed
+    difference: dict[str, Estimate | None]  # metric -> value minus baseline, paired by seed
     p_target: float | None  # one-sided t-test against the target
     p_sigma: float | None  # z-test with the declared sigma
-    reached: dict[str, dict[int, float | None]]  # axis -> seed -> position of the target
-    ratio: dict[str, Estimate | None]  # axis -> position / that of the baseline, paired by seed
+    reached: dict[str, dict[int, float | None]]  # axis -> seed -> where it reached the target
+    ratio: dict[str, Estimate | None]  # axis -> position / baseline's position, paired by seed
     previous: str | None  # the variant before, if Compare.chain is set
-    previous_ratio: dict[str, Estimate | None]  # as ratio, to the variant before
-    seconds: Estimate  # of training, per run
+    previous_ratio: dict[str, Estimate | None]  # like `ratio`, relative to `previous`
+    seconds: Estimate  # training seconds per run
     steps: int
     tokens: int
 
     def position(self, axis: str) -> Estimate | None:
-        """Mean position of the target; None unless every seed reached it."""
+        """Return the mean position of the target; None unless every seed reached it."""
         values = [value for value in self.reached[axis].values() if value is not None]
         complete = values and len(values) == len(self.seeds)
         return estimate(values) if complete else None
@@ -126,7 +126,7 @@ def _result(
 def _reached(
     compare: Compare, runs: list[Measurement], target: float | None
 ) -> dict[str, dict[int, float | None]]:
-    """Position of the target of each run. The baseline's own final value is reached at its end."""
+    """Return where each run reaches the target. The baseline reaches its final value at its end."""
     at_end = compare.target is None
     return {
         axis: {
@@ -150,7 +150,7 @@ def _position(
 
 
 def _ratio(reached: dict[int, float | None], baseline: dict[int, float | None]) -> Estimate | None:
-    """Ratio of positions, paired by seed; None if one of the common seeds has none."""
+    """Return the ratio of positions, paired by seed; None if a common seed has no position."""
     pairs = [(reached[seed], baseline[seed]) for seed in sorted(reached.keys() & baseline.keys())]
     ratios = [
         position / reference for position, reference in pairs if position is not None and reference

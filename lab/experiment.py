@@ -33,14 +33,14 @@ CONFIGS = {  # entry point -> dataclass of its config
     "train_gpt_medium.py": SpeedrunRun,
 }
 RESERVED = ("steps", "seed", "run", "output_dir", "log_dir", "until", "start_step", "resume_from")
-UNTIMED_STEPS = 3  # at the start of a process: compilation and warm-up of caches
+UNTIMED_STEPS = 3  # first steps of a process: compilation and cache warm-up
 NAME = re.compile(r"[\w+=][\w.+=-]*")
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one variant changes. An empty field takes the experiment's value."""
+    """Settings of one variant. An empty field takes the experiment's value."""
 
     config: NonEmptyText | None = None
     overrides: tuple[NonEmptyText, ...] = ()
@@ -55,7 +55,7 @@ class Budget:
     steps: PositiveInt | None = None
     seconds: PositiveFloat | None = None  # of training steps, without validation and compilation
     own_steps: bool = False  # the steps of each variant's config
-    # With a budget in seconds, pilots of all variants in turn measure the seconds per step.
+    # With a budget in seconds, short pilot runs of each variant measure the seconds per step.
     pilot_steps: Annotated[int, at_least(8)] = 30
     pilot_rounds: PositiveInt = 3
 
@@ -76,7 +76,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Compare:
-    """The compared metric, and the variant and the value that it is compared with."""
+    """The compared metric, the baseline variant and the target value."""
 
     baseline: NonEmptyText
     # A metric of metrics.jsonl, or FILE.json:KEY.KEY, relative to the folder of a run.
@@ -85,7 +85,7 @@ class Compare:
     sigma: PositiveFloat | None = None  # declared sd of a run, for a z-test against the target
     higher_is_better: bool = False
     also: tuple[NonEmptyText, ...] = ()  # more metrics whose final values are reported
-    chain: bool = False  # also compare each variant with the one before
+    chain: bool = False  # also compare each variant with the previous one
 
     def __post_init__(self) -> None:
         check_fields(self, "compare")
@@ -98,7 +98,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Variants x seeds of one command. ValueError names the setting that is wrong."""
+    """Variants x seeds of one command. ValueError names a wrong setting."""
 
     name: NonEmptyText
     claim: NonEmptyText  # one sentence: what the experiment is expected to show
@@ -107,7 +107,7 @@ class Experiment:
     compare: Compare
     # An entry point, scripts.pipeline, or any command that writes {logs}/metrics.jsonl.
     command: NonEmptyText = "train.py"
-    config: NonEmptyText | None = None  # of the entry point; of the plan for scripts.pipeline
+    config: NonEmptyText | None = None  # config of the entry point; for scripts.pipeline, the plan
     overrides: tuple[NonEmptyText, ...] = ()  # for all variants
     seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
     budget: Budget = field(default_factory=Budget)
@@ -145,7 +145,7 @@ class Experiment:
             raise ValueError("a plan cannot be compared with other commands at a common budget")
 
     def variant(self, name: str) -> Variant:
-        """The variant of that name, with a list of overrides made a Variant."""
+        """Return the variant of this name; a list of overrides becomes a Variant."""
         value = self.variants[name]
         if isinstance(value, Variant):
             return value
@@ -155,23 +155,25 @@ class Experiment:
         return self.variant(name).command or self.command
 
     def overrides_of(self, name: str) -> list[str]:
-        """All overrides of a variant; with a command of its own, only its own ones."""
+        """Return a variant's overrides; those of the experiment apply only to its command."""
         variant = self.variant(name)
         return [*(() if variant.command else self.overrides), *variant.overrides]
 
     def config_of(self, name: str) -> str:
-        """The config file of a variant; ValueError if it has none."""
+        """Return the config file of a variant; ValueError if it has none."""
         config = self.variant(name).config or self.config
         if config is None:
             raise ValueError(f"variant {name} has no config; set config for all variants")
         return config
 
     def is_external(self, name: str) -> bool:
-        """Whether a variant runs a command of another code base."""
+        """Return True if a variant runs a command of another code base."""
         return "{logs}" in self.command_of(name)
 
     def needs_pilot(self, name: str) -> bool:
-        """Whether a budget in seconds becomes steps; a command of another code base may keep it."""
+        """Return True if a pilot must convert a budget in seconds to steps.
+
+        A command of another code base may take the seconds directly."""
         takes_steps = not self.is_external(name) or "{steps}" in self.command_of(name)
         return self.budget.seconds is not None and takes_steps
 
@@ -188,10 +190,10 @@ class Trial:
     variant: str
     seed: int
     words: tuple[str, ...]  # the command; "python" is the interpreter of this process
-    settings: dict[str, Any]  # what the identity is computed from
+    settings: dict[str, Any]  # input of the identity hash
     folder: Path  # metrics.jsonl, output.txt and trial.json
     checkpoints: Path
-    working_folder: Path  # the command runs here
+    working_folder: Path  # working folder of the command
     steps: int | None = None  # None: the plan or the external command decides
     files: dict[str, Any] = field(default_factory=dict)  # YAML files written before the run
 
@@ -201,7 +203,7 @@ class Trial:
 
     @property
     def identity(self) -> str:
-        """Hash of everything that the experiment sets. The code version is not part of it."""
+        """Hash of everything that the experiment sets, without the code version."""
         text = json.dumps(self.settings, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -211,7 +213,7 @@ def make_trial(
 ) -> Trial:
     """Make the run of a variant and a seed.
 
-    step_s: seconds per step, measured by the variant's pilots; needed for a budget in seconds.
+    step_s: seconds per step, measured by the variant's pilots; required for a budget in seconds.
     """
     label, budget = f"{variant}-{seed}", experiment.budget
     steps_of_seconds = round((budget.seconds or 0) / step_s) if step_s else 0
@@ -257,7 +259,7 @@ def check(experiment: Experiment, variants: Iterable[str]) -> None:
 
 
 def _steps_of_tokens(run: RunConfig, tokens: int) -> int:
-    """The number of steps that is closest to `tokens`, also if the batch size changes."""
+    """Return the number of steps closest to `tokens`; the batch size may change on the way."""
     steps = round(tokens / run.data.tokens_per_step)
     if (curve := run.schedules.get("batch_tokens")) is None:
         return steps
@@ -268,12 +270,12 @@ def _steps_of_tokens(run: RunConfig, tokens: int) -> int:
 
 
 def _folders(experiment: Experiment, label: str) -> tuple[Path, Path]:
-    """The log folder and the checkpoint folder of a run."""
+    """Return the log folder and the checkpoint folder of a run."""
     return Path("logs/lab", experiment.name, label), Path("checkpoints/lab", experiment.name, label)
 
 
 def _read(experiment: Experiment, variant: str) -> RunConfig:
-    """The resolved config of a variant, before the experiment sets seed, steps and folders."""
+    """Resolve the config of a variant, before the experiment sets seed, steps and folders."""
     command, overrides = experiment.command_of(variant), experiment.overrides_of(variant)
     if command not in CONFIGS:
         known = ", ".join([*CONFIGS, PLAN])
@@ -296,7 +298,7 @@ def _training(
     steps: int,
     validate: bool = True,
 ) -> Trial:
-    """A run of one of our entry points.
+    """Make a run of one of this project's entry points.
 
     The schedule keeps its proportions: warm-up and decay are scaled by steps / total_steps.
     """
@@ -337,7 +339,7 @@ def _training(
 
 
 def _plan(experiment: Experiment, variant: str, seed: int, label: str) -> Trial:
-    """A run of a whole plan, in a working folder of its own with copies of the phases' configs.
+    """Make a run of a plan, in a separate working folder with copies of the phases' configs.
 
     An override applies to every phase; `NAME:key=value` applies to one phase or stage.
     """
@@ -402,7 +404,7 @@ def _external(
     steps: int | None,
     validations: int,
 ) -> Trial:
-    """A command of another code base, with the values of the budget filled in."""
+    """Make a run of another code base's command, with the values of the budget filled in."""
     folder, checkpoints = _folders(experiment, label)
     values = {
         **{name: str(value) for name, value in experiment.budget.limits.items()},

@@ -1,6 +1,6 @@
-"""The speedrun ladder: rungs as configs, each of which extends the one before.
+"""The speedrun ladder: a sequence of configs (rungs); each extends the previous one.
 
-The comment at the top of a rung's file holds its facts: `# Change: ...`, `# Why: ...`, with
+The comment at the top of a rung's file has fields such as `# Change: ...` and `# Why: ...`, with
 indented continuation lines. docs/learning_path.md is written from them (lab/learning_path.py).
 """
 
@@ -21,7 +21,7 @@ VALIDATIONS = {FULL: 20, MINIATURE: 10, MEDIUM: 20}  # 20 take longer than 50 st
 COMMANDS = {FULL: "train_gpt.py", MINIATURE: "train_gpt.py", MEDIUM: "train_gpt_medium.py"}
 FILE = re.compile(r"(\d\d)_(\w+)\.yaml")
 RANGE = re.compile(r"(\d+)(?:-(\d+))?")
-LENGTHS = ("total_steps", "decay_steps")  # of every rung, so no part of its one change
+LENGTHS = ("total_steps", "decay_steps")  # set by every rung, so not part of its change
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Rung:
     number: int
     path: Path
     text: str  # of the file
-    facts: dict[str, str]  # of the comment at the top: "Change" -> text
+    facts: dict[str, str]  # fields of the comment at the top: "Change" -> text
     values: dict[str, Any]  # what the file itself sets
 
     @property
@@ -46,7 +46,7 @@ class Rung:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What the rung changes, without its length."""
+        """Return the settings that the rung changes, without its length."""
         changes = {k: v for k, v in self.values.items() if k not in ("extends", "steps")}
         schedule = changes.pop("schedule", {})
         shape = {key: value for key, value in schedule.items() if key not in LENGTHS}
@@ -56,12 +56,14 @@ class Rung:
 def read_ladder(folder: Path) -> list[Rung]:
     """Read the rungs of a folder, in order. ValueError if there are none.
 
-    A folder that does not exist here is that of the project.
+    A folder that does not exist here is looked up in the project.
     """
     present = folder if folder.is_dir() else ROOT / folder
     files = sorted(present.glob("[0-9][0-9]_*.yaml"))
     if not files:
-        raise ValueError(f"{folder} has no rungs, files such as 00_baseline.yaml")
+        raise ValueError(
+            f"{folder} has no rungs; give a folder with files such as 00_baseline.yaml"
+        )
     rungs = []
     for file in files:
         match, text = FILE.fullmatch(file.name), file.read_text(encoding="utf-8")
@@ -72,7 +74,7 @@ def read_ladder(folder: Path) -> list[Rung]:
 
 
 def _facts(text: str) -> dict[str, str]:
-    """The `# Key: text` lines of the comment at the top of a file."""
+    """Return the `# Key: text` fields of the comment at the top of a file."""
     facts: dict[str, str] = {}
     key = None
     for line in text.splitlines():
@@ -87,15 +89,15 @@ def _facts(text: str) -> dict[str, str]:
 
 
 def select_rungs(ladder: Sequence[Rung], words: Sequence[str]) -> list[Rung]:
-    """Return the rungs that the words name, with the baseline, in the ladder's order.
+    """Return the selected rungs and the baseline, in the ladder's order.
 
-    A word is a number, a range such as 0-9, a name, or several of them joined by commas; no words:
-    all rungs. ValueError names the nearest rungs of a word that names none.
+    A word is a number, a range such as 0-9, a name, or a comma-separated list of these; no words
+    select all rungs. ValueError for an unknown word names the nearest rungs.
     """
     if not words:
         return list(ladder)
     chosen = {ladder[0].name}
-    for word in (part for text in words for part in text.split(",") if part):
+    for word in (item for text in words for item in text.split(",") if item):
         match = RANGE.fullmatch(word)
         if match:
             first, last = int(match[1]), int(match[2] or match[1])
@@ -109,10 +111,10 @@ def select_rungs(ladder: Sequence[Rung], words: Sequence[str]) -> list[Rung]:
 
 
 def _unknown(ladder: Sequence[Rung], word: str, match: re.Match[str] | None) -> str:
-    """The sentence on a word that names no rung."""
+    """Return the error message for a word that names no rung."""
     if match:
-        wanted = int(match[1])
-        nearest = sorted(ladder, key=lambda rung: abs(rung.number - wanted))[:3]
+        number = int(match[1])
+        nearest = sorted(ladder, key=lambda rung: abs(rung.number - number))[:3]
         names = [rung.name for rung in sorted(nearest, key=lambda rung: rung.number)]
     else:
         by_name = {name: rung for rung in ladder for name in (rung.name, rung.short_name)}

@@ -1,4 +1,4 @@
-"""The page docs/learning_path.md, written from the rungs of the speedrun ladder."""
+"""Write docs/learning_path.md from the rungs of the speedrun ladder."""
 
 import textwrap
 from pathlib import Path
@@ -12,7 +12,7 @@ PAGE = ROOT / "docs/learning_path.md"
 SOURCE = "github.com/KellerJordan/modded-nanogpt at commit f411b3d3"
 # Minutes of the record after the last rung of each milestone, 8 H100.
 REACHED = (45, 31.4, 22.3, 15.2, 7.2, 4.66, 3.57, 2.933, 2.527, 2.203, 1.328)
-CODE = {  # setting -> where it is
+CODE = {  # setting -> code that implements it
     "model.positions": "models/layers.py:RotaryEmbedding",
     "model.norm": "models/speedrun_layers.py:make_norm",
     "model.activation": "models/speedrun_layers.py:MLP",
@@ -81,7 +81,7 @@ ABSENT = (  # (record, reported, what)
 
 
 def learning_path(records: Path) -> str:
-    """Return the page. Measured figures are those of the newest record of each ladder, if any."""
+    """Return the page. Measured figures come from the newest record of each ladder, if any."""
     rungs, small = read_ladder(FULL), read_ladder(MINIATURE)
     record = _newest_record(records, "ladder_miniature")
     measured = {} if record is None else _measured(record)
@@ -137,7 +137,7 @@ def _beginning(rungs: list[Rung], record: Path | None) -> list[str]:
 
 
 def _rung(rung: Rung, measured: str) -> list[str]:
-    """The section of one rung: what, why, sources, figures, config and code."""
+    """Return the section of one rung: change, reason, sources, figures, config and code."""
     facts = rung.facts
     lines = [f"### {rung.name}", "", *_wrapped(f"{facts['Change']} {facts['Why']}"), ""]
     if "Note" in facts:
@@ -155,7 +155,7 @@ def _rung(rung: Rung, measured: str) -> list[str]:
 
 
 def code_of(rung: Rung) -> list[str]:
-    """Places in the code that the rung's settings belong to, at most 3, as file:name."""
+    """Return the code that implements the rung's settings, at most 3 of file:name."""
     if rung.number == 0:
         return ["models/speedrun_config.py:GPTConfig"]
     spans: dict[str, None] = {}
@@ -183,13 +183,13 @@ def _table(title: str, header: tuple[str, ...], rows: tuple[tuple[str, ...], ...
 
 
 def _newest_record(records: Path, name: str) -> Path | None:
-    """The newest folder <date>_<name> with results, or None."""
+    """Return the newest folder <date>_<name> with results, or None."""
     folders = [path.parent for path in records.glob(f"*_{name}/result.json")]
     return max(folders, default=None, key=lambda folder: folder.name)
 
 
 def _measured(record: Path) -> dict[str, str]:
-    """Each rung's tokens to the target and their ratios, as text."""
+    """Return each rung's tokens to the target and their ratios, as text."""
     result = read_object(record / "result.json") or {}
     return {variant["name"]: _figures(variant, result) for variant in result.get("variants", [])}
 
@@ -200,10 +200,10 @@ def _figures(variant: dict[str, Any], result: dict[str, Any]) -> str:
     if position is None:
         return f"target {result['target']:.3f} not reached by every seed; final loss {final:.3f}"
     text = f"{position['mean']:,.0f} tokens to loss {result['target']:.3f}"
-    for ratio, other in (("ratio", "the baseline"), ("previous_ratio", "the rung before")):
+    for ratio, reference in (("ratio", "the baseline"), ("previous_ratio", "the rung before")):
         if value := (variant.get(ratio) or {}).get("tokens"):
             interval = "" if value["low"] is None else f" [{value['low']:.2f}, {value['high']:.2f}]"
-            text += f"; {value['mean']:.2f}{interval} of {other}"
+            text += f"; {value['mean']:.2f}{interval} of {reference}"
     return f"{text} (n={position['n']})"
 
 

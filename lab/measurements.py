@@ -1,4 +1,4 @@
-"""Measurements of a finished run: its validation curve, its seconds of training, its final values.
+"""Measurements of a finished run: validation curve, training seconds and final values.
 
 Reads metrics.jsonl and events.jsonl, which every entry point writes.
 """
@@ -21,13 +21,13 @@ class Point:
 
     steps: float
     tokens: float
-    seconds: float  # of training steps up to here
+    seconds: float  # of training, up to this step
     value: float
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one run measured."""
+    """The measurements of one run."""
 
     variant: str
     seed: int
@@ -39,7 +39,7 @@ class Measurement:
 
 
 def metrics_folder(trial: Trial) -> Path:
-    """The folder of a run's metrics.jsonl; for a plan, that of its pretraining phases."""
+    """Return the folder of a run's metrics.jsonl; for a plan, that of its pretraining phases."""
     if not trial.files:
         return trial.folder
     folders = sorted(path.parent for path in trial.folder.glob("logs/*/metrics.jsonl"))
@@ -82,7 +82,7 @@ def measure(trial: Trial, metrics: tuple[str, ...]) -> Measurement:
 
 
 def timed_seconds(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[float]:
-    """Cumulative seconds of training after each row, [rows].
+    """Return the cumulative training seconds after each row, [rows].
 
     Sums step_s, which excludes validation and saving. The first UNTIMED_STEPS steps of each process
     count as median steps, since they include compilation.
@@ -103,7 +103,7 @@ def timed_seconds(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> l
 
 
 def seconds_per_step(trial: Trial) -> float:
-    """Mean seconds of a pilot's timed steps."""
+    """Return the mean seconds of a pilot's timed steps."""
     rows = read_lines(trial.folder / "metrics.jsonl")
     timed = [row["step_s"] for row in rows if row["step"] > UNTIMED_STEPS]
     if not timed:
@@ -114,9 +114,9 @@ def seconds_per_step(trial: Trial) -> float:
 
 
 def _from_file(folder: Path, metric: str) -> float:
-    """A metric FILE.json:KEY.KEY from a file of the run; NaN if there is none.
+    """Read a metric FILE.json:KEY.KEY from a file of the run; NaN if it is missing.
 
-    Results of evaluations hold {"value": ..., "stderr": ...} per metric; the value is taken.
+    Evaluation results hold {"value": ..., "stderr": ...} per metric; this returns the value.
     """
     name, _, keys = metric.partition(":")
     path = folder / name

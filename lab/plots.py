@@ -53,7 +53,7 @@ def plot_curves(comparison: Comparison, output: Path) -> None:
 def mean_curve(
     runs: list[Measurement], metric: str
 ) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Tokens, mean, low and high of the validations that all runs have in common."""
+    """Return tokens, mean, low and high of the validations that all runs have in common."""
     curves = [{point.tokens: point.value for point in run.curves[metric]} for run in runs]
     tokens = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     points = [estimate([curve[position] for curve in curves]) for position in tokens]
@@ -66,7 +66,7 @@ def mean_curve(
 def plot_to_target(comparison: Comparison, output: Path) -> None:
     """Plot bars of the tokens, and of the seconds, that each variant needs to reach the target.
 
-    A variant that does not reach it with every seed has a hatched bar of its whole budget.
+    If a seed of a variant misses the target, its bar is hatched and shows the full budget.
     """
     from matplotlib.ticker import EngFormatter
 

@@ -1,4 +1,4 @@
-"""Writes the record of an experiment: a folder with text, figures, settings and environment.
+"""Write the record of an experiment: a folder with text, figures, settings and environment.
 
 records/<date>_<name>/ has README.md, result.json, curves.csv, curves.png, to_target.png,
 experiment.yaml, configs/<variant>.yaml and environment.json.
@@ -24,8 +24,8 @@ from lab.run import FAILED, STATE, is_finished
 from lab.statistics import CONFIDENCE, Estimate
 from yaml_file import read_yaml_file
 
-MAX_DEVIATION = 0.05  # of the seconds used from a budget in seconds
-NOT_REPEATED = ("run", "seed", "output_dir", "log_dir")  # keys of a config that name one run
+MAX_DEVIATION = 0.05  # relative, of the seconds used from a budget in seconds
+NOT_REPEATED = ("run", "seed", "output_dir", "log_dir")  # config keys that differ between runs
 
 
 def write_record(
@@ -33,7 +33,7 @@ def write_record(
 ) -> Path:
     """Write the record of all finished trials and return its folder.
 
-    command: how the experiment was started. ValueError if no trial has finished.
+    command: the command line that started the experiment. ValueError if no trial has finished.
     """
     finished = [trial for trial in trials if is_finished(trial)]
     measurements = [measure(trial, experiment.compare.metrics) for trial in finished]
@@ -139,7 +139,7 @@ def _readme(
 
 
 def _verdict(comparison: Comparison) -> list[str]:
-    """One sentence per variant, and per test against a target."""
+    """Return one sentence per variant, and per test against a target."""
     compare, lines = comparison.compare, []
     baseline = comparison.baseline
     if baseline is None:
@@ -157,7 +157,7 @@ def _verdict(comparison: Comparison) -> list[str]:
 
 
 def _by_chance(comparisons: int) -> list[str]:
-    """A sentence on the number of intervals that exclude no effect by chance, if there are many."""
+    """Return a sentence on the intervals expected to exclude zero by chance, if there are many."""
     if comparisons <= 5:
         return []
     return [
@@ -167,14 +167,14 @@ def _by_chance(comparisons: int) -> list[str]:
 
 
 def judgement(difference: Estimate, higher_is_better: bool = False) -> str:
-    """A sentence on a difference to the baseline, e.g. "better by 0.0312 [0.02, 0.04], ..."."""
+    """Describe a difference to the baseline, e.g. "better by 0.0312 [0.02, 0.04], ..."."""
     if not math.isfinite(difference.mean):
         return "diverged or was not measured with at least one seed."
     sign = "+"
     if difference.low is None:
         return (
             f"differs by {difference.mean:+.4f} with one common seed; without an interval it "
-            "cannot be told from noise."
+            "cannot be distinguished from noise."
         )
     evidence = f"{difference.text(sign=sign)}, paired by seed, n={difference.n}"
     evidence += f", p={_p(difference.p)}" if difference.p is not None else ""
@@ -187,7 +187,7 @@ def judgement(difference: Estimate, higher_is_better: bool = False) -> str:
 
 
 def _tests(variant: VariantResult, comparison: Comparison) -> list[str]:
-    """Sentences on the tests against a numeric target."""
+    """Return sentences on the tests against a numeric target."""
     if comparison.compare.target is None:
         return []
     side = "above" if comparison.compare.higher_is_better else "below"
@@ -255,7 +255,7 @@ def _metric_table(comparison: Comparison, metric: str) -> list[str]:
 
 
 def _target_table(comparison: Comparison) -> list[str]:
-    """Tokens, steps and seconds to the target, and their ratios to the baseline."""
+    """Return the table of tokens, steps and seconds to the target, and ratios to the baseline."""
     origin = (
         f"the baseline's mean final value; the baseline ({comparison.compare.baseline}) reaches it "
         "at its end by definition"
@@ -284,7 +284,7 @@ def _target_table(comparison: Comparison) -> list[str]:
 
 
 def _chain_table(comparison: Comparison) -> list[str]:
-    """Ratios of each variant's positions of the target to those of the variant before."""
+    """Return the table of each variant's ratio to the previous variant, per axis."""
     header = " | ".join(f"{axis}: ratio" for axis in AXES)
     lines = [
         "### Each variant against the one before",
@@ -311,7 +311,7 @@ def step_verdict(ratio: Estimate | None) -> str:
     if ratio is None:
         return "not compared, since a run did not reach the target"
     if ratio.low is None or ratio.high is None:
-        return "one seed, cannot be told from noise"
+        return "one seed, cannot be distinguished from noise"
     if ratio.low <= 1 <= ratio.high:
         return "no difference beyond noise"
     return "helps (fewer tokens)" if ratio.high < 1 else "does not help (more tokens)"
@@ -333,7 +333,7 @@ def _notes(
     states: dict[str, dict[str, Any]],
     environment: dict[str, Any],
 ) -> list[str]:
-    """What a reader must know beside the result: missing runs, deviations, changed code."""
+    """Return notes on the result: missing runs, deviations from the budget, changed code."""
     notes = []
     missing = [trial for trial in trials if not is_finished(trial)]
     done = {trial.name for trial in trials} - {trial.name for trial in missing}
@@ -368,7 +368,7 @@ def _notes(
             "delete the run folders and run again to exclude that."
         )
     if environment["commits"] and not environment["clean"]:
-        notes.append("Some runs had uncommitted changes, so the commit alone does not repeat them.")
+        notes.append("Some runs had uncommitted changes, so the commit does not reproduce them.")
     return notes
 
 
@@ -384,20 +384,20 @@ def _budget_note(experiment: Experiment, run: Measurement) -> list[str]:
 
 
 def _environment(trials: Sequence[Trial]) -> dict[str, Any]:
-    """The environment of the first run, with the commits of all runs."""
-    found = [
+    """Return the environment of the first run, with the commits of all runs."""
+    environments = [
         content
         for trial in trials
         for path in sorted(metrics_folder(trial).glob("*.environment.json"))
         if (content := read_object(path))
     ]
-    commits = sorted({content["git"] for content in found if content.get("git")})
-    clean = bool(found) and all(content.get("git_clean") for content in found)
-    return {**(found[0] if found else {}), "commits": commits, "clean": clean}
+    commits = sorted({content["git"] for content in environments if content.get("git")})
+    clean = bool(environments) and all(content.get("git_clean") for content in environments)
+    return {**(environments[0] if environments else {}), "commits": commits, "clean": clean}
 
 
 def _machine(environment: dict[str, Any]) -> str:
-    """Versions and hardware in one sentence."""
+    """Return versions and hardware as one sentence."""
     if "python" not in environment:
         return "The commands did not record their environment."
     return (
@@ -408,7 +408,7 @@ def _machine(environment: dict[str, Any]) -> str:
 
 
 def _write_config(folder: Path, trial: Trial) -> None:
-    """Copy the resolved config of a variant; for a plan, those of all phases."""
+    """Copy the resolved config of a variant; for a plan, the configs of all phases."""
     configs = {}
     for path in sorted(metrics_folder(trial).glob("*.config.yaml")):
         values = read_yaml_file(path)
@@ -421,7 +421,7 @@ def _write_config(folder: Path, trial: Trial) -> None:
 
 
 def _csv(experiment: Experiment, measurements: Sequence[Measurement]) -> str:
-    """The validations of all runs, one line each."""
+    """Return the validations of all runs as CSV, one line each."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["variant", "seed", "metric", "step", "tokens", "seconds", "value"])

@@ -1,4 +1,4 @@
-"""Runs the trials of an experiment as processes, each in its own folder, and remembers their state.
+"""Run the trials of an experiment as processes, each in its own folder, and record their state.
 
 `trial.json` in a run's folder holds its identity (a hash of its settings) and status. A finished
 run with the same identity is not repeated. A killed run continues from its newest checkpoint.
@@ -32,12 +32,12 @@ from training.ops.supervisor import DRIVER
 STATE, OUTPUT = "trial.json", "output.txt"
 FINISHED, FAILED, RUNNING = "finished", "failed", "running"
 CODE = ("models", "data", "training", "cli.py", "files.py", "train.py", "train_gpt.py")
-MAX_LINES = 6  # of a failed run's output that are kept
+MAX_LINES = 6  # of a failed run's output that trial.json keeps
 
 
 @dataclass
 class Slots:
-    """Where runs execute: one at a time on each device, or one at a time on this machine."""
+    """Places where runs execute: one run per device, or one run on this machine."""
 
     environment: Mapping[str, str]
     devices: Sequence[str] = ()
@@ -58,7 +58,7 @@ class Slots:
         self.count = self.free.qsize()
 
     def environment_on(self, slot: str | None) -> dict[str, str]:
-        """Environment of a run: its devices, threads and driver."""
+        """Return the environment of a run: its devices, threads and driver process."""
         threads = max(1, cpus() // (self.count * self.ranks))
         environment = {"OMP_NUM_THREADS": str(threads), **self.environment}
         if self.threads:
@@ -67,12 +67,12 @@ class Slots:
             environment["CUDA_VISIBLE_DEVICES"] = slot
         paths = [str(ROOT), *filter(None, [self.environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
-        # A run must not outlive this process, which would start it a second time.
+        # A run must end with this process: the next session would start the same run again.
         return {**environment, DRIVER: str(os.getpid()), LAUNCHER: str(os.getpid())}
 
 
 def is_finished(trial: Trial) -> bool:
-    """Whether the run has finished with its present settings."""
+    """Return True if the run has finished with its present settings."""
     state = read_object(trial.folder / STATE) or {}
     return state.get("identity") == trial.identity and state.get("status") == FINISHED
 
@@ -80,9 +80,9 @@ def is_finished(trial: Trial) -> bool:
 def plan_trials(
     experiment: Experiment, variants: Sequence[str], seeds: Sequence[int]
 ) -> list[Trial]:
-    """All runs, seed by seed, so that drift of the machine meets every variant alike.
+    """Return all runs, seed by seed, so that drift of the machine affects every variant equally.
 
-    With a budget in seconds, a variant whose pilots have not finished is left out.
+    With a budget in seconds, a variant with unfinished pilots is excluded.
     """
     step_s: dict[str, float | None] = dict.fromkeys(variants)
     for variant in filter(experiment.needs_pilot, variants):
@@ -103,14 +103,14 @@ def run_experiment(
 ) -> list[str]:
     """Run everything that has not finished; return one line per failed run."""
     needed = [pilots(experiment, name) for name in variants if experiment.needs_pilot(name)]
-    # One round after the other, so that drift of the machine meets every variant alike.
+    # Pilots run round by round, so that drift of the machine affects every variant equally.
     shorts = [short for round_ in zip(*needed, strict=True) for short in round_]
     failures = Runner(experiment, shorts, slots).run()
     return failures + Runner(experiment, plan_trials(experiment, variants, seeds), slots).run()
 
 
 class Runner:
-    """Runs trials in their order over the free slots, and prints one line per finished run."""
+    """Run trials in order on the free slots, and print one line per finished run."""
 
     def __init__(self, experiment: Experiment, trials: list[Trial], slots: Slots):
         self.experiment, self.trials, self.slots = experiment, trials, slots
@@ -121,10 +121,10 @@ class Runner:
         self.printing, self.interrupted = Lock(), False
 
     def run(self) -> list[str]:
-        """Run the trials that are waiting; return one line per failure."""
+        """Run the unfinished trials; return one line per failure."""
         for trial in self.trials:
             if trial not in self.waiting:
-                self._clean(trial)  # a process may have been killed before it could
+                self._clean(trial)  # a killed process may have left checkpoints
                 print(f"{trial.name}: finished earlier", flush=True)
         with ThreadPoolExecutor(self.slots.count) as pool:
             futures = [pool.submit(self._run_one, trial) for trial in self.waiting]
@@ -137,7 +137,7 @@ class Runner:
         return self.failures
 
     def _stop(self) -> None:
-        """Let the running processes save their state, and start no more."""
+        """Ask running processes to save and exit, and start no others."""
         self.interrupted = True
         for process in list(self.running.values()):
             process.terminate()
@@ -237,9 +237,9 @@ class Runner:
 
 
 def _prepare(trial: Trial) -> dict[str, Any]:
-    """Create the folder of a run and return the state of its earlier attempt, {} without one.
+    """Create the folder of a run and return the state of its earlier attempt, or {}.
 
-    Sets aside the folders of a run with other settings.
+    Renames the folders of an earlier run with different settings.
     """
     state = read_object(trial.folder / STATE) or {}
     if trial.folder.is_dir() and state.get("identity") != trial.identity:
@@ -260,7 +260,7 @@ def _prepare(trial: Trial) -> dict[str, Any]:
     trial.folder.mkdir(parents=True, exist_ok=True)
     for name, content in trial.files.items():
         write_text(trial.folder / name, yaml.safe_dump(content, sort_keys=False))
-    if trial.files:  # a plan runs in its own folder and finds the data of this one
+    if trial.files:  # a plan runs in its own folder and needs links to the data and configs here
         for name in ("data/store", "configs"):
             link = trial.folder / name
             if Path(name).exists() and not link.is_symlink():
@@ -278,19 +278,19 @@ def _with_suffix(folder: Path, suffix: str) -> Path:
 
 
 def _is_entry_point(word: str) -> bool:
-    """Whether a word is a script of the project that the working folder lacks."""
+    """Return True if a word is a script of the project that the working folder lacks."""
     return word.endswith(".py") and not Path(word).exists() and (ROOT / word).is_file()
 
 
 def _last_lines(path: Path) -> str:
-    """The last lines of a run's output."""
+    """Return the last lines of a run's output."""
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "\n".join(lines[-MAX_LINES:]) or "no output"
 
 
 def code_hash() -> str:
-    """Hash of the source that a training step can depend on, to compare runs of one experiment."""
+    """Hash the source that training depends on, to detect code changes between runs."""
     digest = hashlib.sha256()
     for name in CODE:
         path = ROOT / name

@@ -1,4 +1,4 @@
-"""Scaling forecast of an experiment: its runs, the held-out largest one, chart and report.
+"""Scaling forecast of an experiment: its runs, the held-out largest run, chart and report.
 
 The law is training/planning/scaling_law.py. `scripts/forecast.py` is the command.
 """
@@ -24,28 +24,28 @@ from training.planning.scaling_law import (
 )
 from training.settings import load_settings
 
-CURVES = "curves.csv"  # of a record
+CURVES = "curves.csv"  # file in a record folder
 
 
 class HeldOut(NamedTuple):
-    """The runs of the largest compute, and their forecast by a law fitted without them."""
+    """The runs with the most compute, and their forecast by a law fitted without them."""
 
     runs: list[Run]
     law: ScalingLaw
     predicted: float
-    interval: Interval  # of the mean over as many seeds
+    interval: Interval  # of the mean over the same number of seeds
     measured: float
 
     @property
     def is_inside(self) -> bool:
-        """Whether the measured mean lies within the interval."""
+        """Return True if the measured mean lies within the interval."""
         return self.interval[0] <= self.measured <= self.interval[1]
 
 
 def read_runs(folder: Path, metric: str) -> list[Run]:
     """Read the finished runs of logs/lab/NAME or of a record folder, smallest compute first.
 
-    ValueError if the folder has no run that measured the metric.
+    ValueError if no run in the folder measured the metric.
     """
     is_record = (folder / CURVES).is_file()
     runs = _of_record(folder, metric) if is_record else _of_logs(folder, metric)
@@ -63,7 +63,7 @@ def _of_logs(folder: Path, metric: str) -> list[Run]:
         state, logs = read_object(path) or {}, path.parent
         configs = sorted(logs.glob("*.config.yaml"))
         name = f"{state.get('variant')}-{state.get('seed')}"
-        # Pilots and runs with former settings have other folder names.
+        # Pilots and runs with earlier settings have other folder names.
         if state.get("status") != FINISHED or logs.name != name or not configs:
             continue
         rows = [row for row in read_lines(logs / "metrics.jsonl") if metric in row]
@@ -88,12 +88,12 @@ def _of_record(folder: Path, metric: str) -> list[Run]:
 
 
 def _size(config: Path) -> int:
-    """Non-embedding parameters of a resolved config of train.py."""
+    """Return the non-embedding parameters of a resolved config of train.py."""
     return non_embedding_parameters(load_settings(RunConfig, config).model)
 
 
 def hold_out_largest(runs: Sequence[Run], draws: int, metric: str) -> HeldOut:
-    """Fit the law without the runs of the largest compute, and forecast those."""
+    """Fit the law without the runs with the most compute, and forecast those runs."""
     largest = max(runs, key=lambda run: run.compute).cell
     held_out = [run for run in runs if run.cell == largest]
     law = fit([run for run in runs if run.cell != largest], draws, metric)
@@ -200,7 +200,7 @@ def report(source: Path, held_out: HeldOut, law: ScalingLaw, runs: Sequence[Run]
 def plot(held_out: HeldOut, runs: Sequence[Run], output: Path) -> None:
     """Plot the runs against their tokens with the law of the fitted sizes and its 95 % band.
 
-    The held-out runs have a star; the bar is their predicted interval.
+    Stars mark the held-out runs; the bar is their predicted interval.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""A session of an experiment: run what is missing, write the record, print its result."""
+"""Run the missing trials of an experiment, write the record and print its result."""
 
 import argparse
 import signal
@@ -12,9 +12,9 @@ from training.run_folder import locked
 
 
 def add_session_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags --devices, --report_only and --records, whose values conduct() takes."""
+    """Add the flags --devices, --report_only and --records of conduct()."""
     parser.add_argument(
-        "--devices", type=_names, default=[], help="devices to share among the runs, as 0,1,2"
+        "--devices", type=_names, default=[], help="devices to share among the runs, e.g. 0,1,2"
     )
     parser.add_argument("--report_only", action="store_true", help="write the record, run nothing")
     parser.add_argument("--records", type=Path, default=Path("records"), help="folder of records")
@@ -39,7 +39,7 @@ def conduct(
     run nothing. command: how to repeat the session. ValueError names runs that failed, after the
     record of the others is written.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: let runs save
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: runs save
     failures: list[str] = []
     folder = None
     with locked(Path("logs/lab") / experiment.name):
@@ -54,7 +54,7 @@ def conduct(
         more = f" and {len(failures) - 3} more" * (len(failures) > 3)
         raise ValueError(
             f"{len(failures)} run(s) failed: {'; '.join(failures[:3])}{more}. The output is in "
-            f"logs/lab/{experiment.name}/RUN/output.txt; the same command tries them again"
+            f"logs/lab/{experiment.name}/RUN/output.txt; run the same command again to retry them"
         )
     return folder
 

@@ -1,4 +1,4 @@
-"""Statistics of runs that differ in their seed: intervals, paired differences, tests, crossings."""
+"""Statistics over seeds: intervals, paired differences, tests, and crossings of a target."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0; False without an interval."""
+        """Return True if the interval excludes 0; False without an interval."""
         return self.low is not None and self.high is not None and self.low * self.high > 0
 
     def text(self, digits: int = 4, sign: str = "") -> str:
@@ -39,7 +39,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean, sd and 95 % t-interval of at least one value."""
+    """Return mean, sd and 95 % t-interval; ValueError without values."""
     array = np.asarray(values, dtype=np.float64)
     if not len(array):
         raise ValueError("there are no values to average; run at least one seed")
@@ -47,7 +47,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     if len(array) == 1 or not np.isfinite(array).all():
         return Estimate(len(array), mean)
     sd = float(array.std(ddof=1))
-    if sd < 1e-12 * np.abs(array).max():  # rounding of equal values
+    if sd < 1e-12 * np.abs(array).max():  # equal values: removes the rounding error of the mean
         sd = 0.0
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1)) * sd / math.sqrt(len(array))
     return Estimate(len(array), mean, sd, mean - half, mean + half)
@@ -56,7 +56,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 def paired_difference(
     values: Mapping[int, float], baseline: Mapping[int, float]
 ) -> Estimate | None:
-    """values - baseline over the seeds that both have, with interval and p; None without any.
+    """Return values - baseline over the common seeds, with interval and p; None without any.
 
     p: two-sided paired t-test. Differences that are all equal have p 0, or 1 if they are 0.
     """
@@ -75,9 +75,9 @@ def paired_difference(
 
 
 def p_below(values: Sequence[float], target: float, higher: bool = False) -> float | None:
-    """p of a one-sided t-test that the mean lies below the target; None for fewer than 2 values.
+    """Return p of a one-sided t-test that the mean is below the target; None below 2 values.
 
-    The rule of the speedrun's records: ttest_1samp(losses, target, alternative="less").
+    This is the rule of the speedrun's records: ttest_1samp(losses, target, alternative="less").
     higher: test that the mean lies above it.
     """
     if len(values) < 2 or not np.isfinite(values).all():
@@ -92,10 +92,10 @@ def p_below(values: Sequence[float], target: float, higher: bool = False) -> flo
 def p_below_with_sigma(
     values: Sequence[float], target: float, sigma: float, higher: bool = False
 ) -> float:
-    """p of a one-sided z-test against the target, with the declared sd `sigma` of one run.
+    """Return p of a one-sided z-test against the target, with the declared sd `sigma` of a run.
 
-    The rule of the speedrun's track 3, where sigma is 0.0013 and p must be below 0.001. It also
-    holds for one value.
+    This is the rule of the speedrun's track 3, where sigma is 0.0013 and p must be below 0.001. It
+    also works for one value.
     """
     z = (float(np.mean(values)) - target) * math.sqrt(len(values)) / sigma
     return float(stats.norm.cdf(-z if higher else z))

@@ -60,7 +60,7 @@ def choose_kernel(
         kernel = "blocks" if device.type == "cpu" else "flex" if masked and cuda else "sdpa"
     problem = ""
     if kernel == "sdpa" and masked and cuda:
-        problem = "would build the scores of all pairs of tokens to mask documents"
+        problem = "would store a score for each pair of tokens to mask documents"
     elif kernel == "blocks" and device.type != "cpu":
         problem = f"runs on a CPU only, not on {device.type}"
     elif kernel not in ("sdpa", "blocks") and not cuda:
@@ -174,7 +174,7 @@ def varlen_mask(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Softmax attention with grouped heads.
+    """Compute softmax attention with grouped heads under a mask from attention_mask.
 
     q [B, H, T, head_dim]; k and v [B, K, T, head_dim], H a multiple of K. Returns q's shape.
     """
@@ -190,7 +190,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         eager = torch.compiler.is_compiling() or q.device.type == "cpu"
         flex: Any = flex_attention if eager else _compiled(flex_attention)
         return flex(q, k, v, block_mask=mask, enable_gqa=True)
-    if q.device.type not in ("cpu", "cuda"):  # mps: enable_gqa has ended processes (issue 149132)
+    if q.device.type not in ("cpu", "cuda"):  # mps: enable_gqa crashes (torch issue 149132)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
@@ -211,7 +211,7 @@ def _load_varlen(kernel: str) -> None:
     from torch.nn.attention.varlen import varlen_attn
 
     if kernel in ("FA3", "FA4"):
-        # From here on, varlen_attn calls this version in this process.
+        # varlen_attn then calls this version everywhere in this process.
         torch_attention.activate_flash_attention_impl(kernel)
     # enable_gqa exists from torch 2.12 on; earlier versions accept fewer k and v heads without it.
     supports_flag = "enable_gqa" in (varlen_attn.__kwdefaults__ or {})
@@ -220,7 +220,7 @@ def _load_varlen(kernel: str) -> None:
 
 
 def kernel_operators() -> set[Any]:
-    """Return attention's operators, whose outputs selective activation checkpointing keeps."""
+    """Return the attention operators, whose outputs selective activation checkpointing saves."""
     aten = torch.ops.aten
     operators = {
         aten._scaled_dot_product_flash_attention.default,

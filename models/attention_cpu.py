@@ -15,7 +15,7 @@ MAX_PROBABILITIES = 2**30
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Softmax attention with grouped heads.
+    """Compute softmax attention with grouped heads in blocks of queries.
 
     q [B, H, T, head_dim]; k and v [B, K, T, head_dim], H a multiple of K. bias [B or 1, T, T], in
     q's dtype, is added to the scores: 0 where a token may attend, else -inf. It must be causal.

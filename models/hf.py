@@ -117,8 +117,8 @@ def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
     model_type = hf.get("model_type")
     if model_type == GPTConfig.model_type:
         raise ValueError(
-            "this is a model of the speedrun, which train_gpt.py resumes and evaluates; chat, "
-            "evaluations and export read Llama and Qwen3 folders"
+            "the model is a SpeedrunGPT, which only train_gpt.py reads; chat, evaluations and "
+            "export need a Llama, Qwen3, Mixtral or Qwen3-MoE folder"
         )
     if model_type not in (*TYPES, *hf_experts.TYPES):
         raise ValueError(
@@ -137,7 +137,7 @@ def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
     }
     if any(unsupported.values()):
         names = ", ".join(name for name, is_set in unsupported.items() if is_set)
-        raise ValueError(f"NanoLlama does not support this model's {names}")
+        raise ValueError(f"NanoLlama does not support this model's {names}; use another model")
     default_theta = 1_000_000.0 if model_type == "mixtral" else 10_000.0
     theta = rope.get("rope_theta", hf.get("rope_theta", default_theta))
     fields = {
@@ -147,13 +147,15 @@ def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
     }
     missing = [name for name in _SHARED[:5] if name not in fields]
     if missing:
-        raise ValueError(f"config.json has no {missing[0]}")
+        raise ValueError(f"config.json has no {missing[0]}; restore it from a copy")
     for name, value in {**fields, "rope_theta": theta}.items():
         kind = bool if name == "tie_word_embeddings" else int | float if name in _FLOATS else int
         wrong = (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind)
         wrong = wrong or (type(value) is int and abs(value) >= MAX_INT)
         if wrong and not (name == "head_dim" and value is None):
-            raise ValueError(f"{name}={shown(value)} in config.json has the wrong type or size")
+            raise ValueError(
+                f"{name}={shown(value)} in config.json has the wrong type or size; correct it"
+            )
     fields |= hf_experts.experts_from_hf(hf)
     # A missing key has transformers' default, which may differ from ModelConfig's.
     if model_type == "mixtral":
@@ -177,25 +179,25 @@ def to_hf_tensors(
     """Convert full tensors under our names to those of a Hugging Face folder, in `dtype`."""
     tensors: dict[str, Tensor] = {}
     for name, value in weights.items():
-        parts = [(name, value)]
+        named = [(name, value)]
         if isinstance(config, ModelConfig):
-            parts = list(hf_experts.split_experts(config, name, value))
-        for part, tensor in parts:
-            hf_name = part if part.startswith("lm_head.") else f"model.{part}"
-            tensors[hf_name] = tensor.detach().to("cpu", stored_dtype(part, dtype)).contiguous()
+            named = list(hf_experts.split_experts(config, name, value))
+        for key, tensor in named:
+            hf_name = key if key.startswith("lm_head.") else f"model.{key}"
+            tensors[hf_name] = tensor.detach().to("cpu", stored_dtype(key, dtype)).contiguous()
     return tensors
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a weight in a folder of `dtype`: float32 for biases of routers.
+    """Return the dtype of a stored weight: float32 for router biases, else `dtype`.
 
-    Small differences of these biases decide, and bfloat16 would lose them.
+    bfloat16 would round away the small differences between biases that choose the experts.
     """
     return torch.float32 if name.endswith(".router.bias") else dtype
 
 
 def from_hf_name(name: str) -> str:
-    """Remove the prefix of a name of a Hugging Face state dict."""
+    """Remove the prefix "model." from a parameter name of a Hugging Face folder."""
     return name.removeprefix("model.")
 
 
@@ -274,7 +276,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
 
 
 def read_config(folder: Path) -> AnyConfig:
-    """Read a folder's config.json as the config of its kind of model; ValueError as above."""
+    """Read a folder's config.json as a ModelConfig or GPTConfig; ValueError if it is invalid."""
     content = config_json(folder)
     if content.get("model_type") != GPTConfig.model_type:
         return read_hf_config(folder)
@@ -314,23 +316,24 @@ def load_weights(model: AnyModel, folder: Path, new_tokens: range | None = None)
         weights.pop("lm_head.weight", None)
     parameters = model.state_dict()
     model_type = (read_object(folder / "config.json") or {}).get("model_type")
-    if model_type in hf_experts.SHARED_TYPES:  # which lack a part of some routers
+    if model_type in hf_experts.SHARED_TYPES:  # these formats store no router noise or bias
         for name, value in parameters.items():
             if name.endswith((".router.noise_weight", ".router.bias")):
                 weights[name] = torch.zeros_like(value)  # as at the start of training
     for name in [name for name in weights if name.endswith(".router.noise_weight")]:
-        if name not in parameters:  # a router that continues without noise
+        if name not in parameters:  # the model's router has no noise
             del weights[name]
     if parameters.keys() != weights.keys():
         names = sorted(parameters.keys() ^ weights.keys())
         raise ValueError(
-            f"{folder} and the model differ in {len(names)} weights, among them {names[0]}"
+            f"{folder} and the model differ in {len(names)} weights, e.g. {names[0]}; "
+            "correct the model section of the config"
         )
     for name, value in weights.items():
         if value.shape != (shape := parameters[name].shape):
             raise ValueError(
                 f"{name} is {tuple(value.shape)} in {folder} but {tuple(shape)} in the model; "
-                "make the model section of the config agree with the checkpoint"
+                "correct the model section of the config"
             )
     model.load_state_dict(weights)
 
@@ -352,7 +355,10 @@ def load_hf(
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
 ) -> NanoLlama:
-    """Load a Hugging Face folder. dtype: of the parameters; None: their stored dtype."""
+    """Load a Hugging Face folder as a NanoLlama; ValueError if it is damaged or not supported.
+
+    dtype: of the parameters; None: their stored dtype.
+    """
     folder = Path(folder)
     stored = config_json(folder)
     config = read_hf_config(folder)
@@ -360,7 +366,7 @@ def load_hf(
     if config.num_parameters > size:  # checked before allocation
         raise ValueError(
             f"{folder}: config.json describes {config.num_parameters:,} parameters, "
-            f"but the weights have only {size:,} bytes"
+            f"but the weight files have only {size:,} bytes; copy the folder again"
         )
     model = NanoLlama(config)
     load_weights(model, folder)
@@ -369,7 +375,7 @@ def load_hf(
         if name not in ("float32", "float16", "bfloat16", "float64"):
             raise ValueError(
                 f"{folder}: config.json has the dtype {str(name)[:50]!r}; "
-                "supported are float32, float16 and bfloat16"
+                "use a folder in float32, float16 or bfloat16"
             )
         dtype = getattr(torch, name)
     for parameter in model.parameters():  # model.to(dtype) would convert the rotary tables too

@@ -1,7 +1,7 @@
 """Names and settings of experts in Hugging Face folders.
 
 A model with experts is written as `MixtralForCausalLM`, or with qk_norm as `Qwen3MoeForCausalLM`.
-A router that neither can express makes a folder that only NanoLlama reads, of type nanollama_moe.
+A router that fits neither format is written as type nanollama_moe, which only NanoLlama reads.
 """
 
 import re
@@ -52,10 +52,10 @@ def experts_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.kind == "dense":
         return {}
     moe, size = config.moe, config.expert_size
-    own: dict[str, Any] = {"intermediate_size": config.intermediate_size, **asdict(moe)}
-    own = {OWN_TYPE: own, "qk_norm": config.qk_norm}
+    fields: dict[str, Any] = {"intermediate_size": config.intermediate_size, **asdict(moe)}
+    ours = {OWN_TYPE: fields, "qk_norm": config.qk_norm}
     if moe.problem_of_mixtral:
-        return own
+        return ours
     common = {
         "num_experts_per_tok": moe.top_k,
         "router_aux_loss_coef": _aux_loss_coef(config),
@@ -63,15 +63,15 @@ def experts_to_hf(config: ModelConfig) -> dict[str, Any]:
         "sliding_window": None,
     }
     if model_type(config) == "mixtral":
-        return common | {"intermediate_size": size, "num_local_experts": moe.experts} | own
+        return common | {"intermediate_size": size, "num_local_experts": moe.experts} | ours
     qwen = {"num_experts": moe.experts, "moe_intermediate_size": size, "norm_topk_prob": True}
-    return common | qwen | {"decoder_sparse_step": 1, "mlp_only_layers": []} | own
+    return common | qwen | {"decoder_sparse_step": 1, "mlp_only_layers": []} | ours
 
 
 def _aux_loss_coef(config: ModelConfig) -> float:
     """Convert balance_weight to transformers' coefficient.
 
-    There the layers are pooled, not added, and the shares of the experts add up to top_k, not 1.
+    transformers pools the layers instead of adding them, and its shares add up to top_k, not 1.
     """
     moe = config.moe
     weight = moe.balance_weight if moe.balance == "loss" else 0.0
@@ -81,7 +81,7 @@ def _aux_loss_coef(config: ModelConfig) -> float:
 def experts_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of ModelConfig that config.json's experts set; {} for a dense model.
 
-    ValueError names what NanoLlama cannot do, and keys that contradict each other.
+    ValueError for unsupported settings and for keys that contradict each other.
     """
     kind = hf.get("model_type")
     if kind not in TYPES:
@@ -90,8 +90,8 @@ def experts_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     if OWN_TYPE in hf or kind == OWN_TYPE:
         fields = _own_fields(hf)
         moe = fields["moe"]
-        own = moe.experts, moe.size(fields["intermediate_size"]), moe.top_k
-        for (name, size), expected in zip(sizes.items(), own, strict=False):
+        implied = moe.experts, moe.size(fields["intermediate_size"]), moe.top_k
+        for (name, size), expected in zip(sizes.items(), implied, strict=False):
             if size != expected:
                 raise ValueError(
                     f"{name}={size} contradicts {OWN_TYPE}, which implies {expected}; correct one "
@@ -104,7 +104,7 @@ def experts_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         setting = "Mixtral" if kind == "mixtral" else f"norm_topk_prob={hf.get('norm_topk_prob')}"
         raise ValueError(
             f"{setting} with num_experts_per_tok={top_k} is not supported; NanoLlama normalizes "
-            "the weights of two or more experts, and never that of a single one"
+            "the weights only of two or more experts; use another model"
         )
     moe = MoEConfig(experts=experts, top_k=top_k, expert_size=size)
     coef, layers = hf.get("router_aux_loss_coef"), hf.get("num_hidden_layers")
@@ -117,7 +117,7 @@ def experts_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(hf: dict[str, Any]) -> dict[str, int]:
-    """Return number and size of experts and experts per token, under their names in config.json."""
+    """Return number and width of experts and experts per token, keyed as in config.json."""
     names = ["num_local_experts", "intermediate_size", "num_experts_per_tok"]
     if hf["model_type"] == "qwen3_moe":
         if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
@@ -130,7 +130,9 @@ def _sizes(hf: dict[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {name: hf.get(name, 0) for name in names}
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size < 2**31:
-            problem = f"{name}={shown(size)} must be" if name in hf else f"{name} is missing; it is"
+            problem = (
+                f"{name}={shown(size)} must be" if name in hf else f"{name} is missing; it must be"
+            )
             raise ValueError(f"{problem} a whole number of at least 1")
     experts, top_k = sizes[names[0]], sizes["num_experts_per_tok"]
     if top_k > experts:
@@ -141,15 +143,17 @@ def _sizes(hf: dict[str, Any]) -> dict[str, int]:
 
 
 def _own_fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of ModelConfig in the key nanollama_moe."""
-    own = hf.get(OWN_TYPE)
+    """Return the fields of ModelConfig in the key nanollama_moe; ValueError if it is invalid."""
+    stored = hf.get(OWN_TYPE)
     names = ("intermediate_size", *MoEConfig.__dataclass_fields__)
-    if not isinstance(own, dict) or "intermediate_size" not in own:
-        raise ValueError(f"{OWN_TYPE}={shown(own)} must be an object with the model's experts")
-    if unknown := sorted(own.keys() - set(names)):
+    if not isinstance(stored, dict) or "intermediate_size" not in stored:
+        raise ValueError(f"{OWN_TYPE}={shown(stored)} must be an object with intermediate_size")
+    if unknown := sorted(stored.keys() - set(names)):
         raise ValueError(f"{OWN_TYPE} has an unknown key {shown(unknown[0])}; remove it")
-    moe = MoEConfig(**{name: value for name, value in own.items() if name != "intermediate_size"})
-    if type(size := own["intermediate_size"]) is not int or size < 1:
+    moe = MoEConfig(
+        **{name: value for name, value in stored.items() if name != "intermediate_size"}
+    )
+    if type(size := stored["intermediate_size"]) is not int or size < 1:
         raise ValueError(
             f"{OWN_TYPE}.intermediate_size={shown(size)} must be a whole number of at least 1"
         )
@@ -157,9 +161,9 @@ def _own_fields(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_experts(config: ModelConfig, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield a parameter of ours under the names of a Hugging Face folder, one per expert.
+    """Yield a parameter under its Hugging Face names, one per expert.
 
-    Omits the router's noise, which only training has.
+    Omits the router's noise, which only training uses.
     """
     kind = model_type(config)
     module = "block_sparse_moe" if kind == "mixtral" else "mlp"
@@ -177,7 +181,7 @@ def split_experts(config: ModelConfig, name: str, value: Tensor) -> Iterator[tup
 
 
 def our_name(name: str) -> tuple[str, int | None]:
-    """Convert a name without the prefix "model." to ours, and the number of the expert, if any."""
+    """Return our name of a parameter without the prefix "model.", and its expert number, if any."""
     if match := _ROUTER.fullmatch(name):
         return f"{match[1]}.mlp.router.weight", None
     if match := _THEIRS.fullmatch(name):
@@ -187,7 +191,7 @@ def our_name(name: str) -> tuple[str, int | None]:
 
 
 def group_experts(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename weights to ours; those of a layer's experts become a list in the experts' order.
+    """Rename weights to our names; the experts of a layer become a list ordered by expert.
 
     weights: tensors, or other objects with dtype and shape. ValueError if an expert is missing, or
     has another dtype or shape.
@@ -200,16 +204,16 @@ def group_experts(weights: Mapping[str, Any]) -> dict[str, Any]:
             result[name] = value
         else:
             experts.setdefault(name, {})[expert] = value
-    for name, parts in experts.items():
-        shapes = {(part.dtype, tuple(part.shape)) for part in parts.values()}
-        if parts.keys() != set(range(len(parts))) or len(shapes) > 1:
-            raise ValueError(f"{name}: an expert is missing or has another dtype or shape")
-        result[name] = [parts[i] for i in range(len(parts))]
+    for name, numbered in experts.items():
+        shapes = {(weight.dtype, tuple(weight.shape)) for weight in numbered.values()}
+        if numbered.keys() != set(range(len(numbered))) or len(shapes) > 1:
+            raise ValueError(f"{name}: an expert is missing or differs in dtype or shape")
+        result[name] = [numbered[i] for i in range(len(numbered))]
     return result
 
 
 def stack_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights to ours and stack those of experts: [E, ...]. Errors: see group_experts."""
+    """Rename weights to our names and stack the experts: [E, ...]. Errors: see group_experts."""
     return {
         name: torch.stack(value) if isinstance(value, list) else value
         for name, value in group_experts(weights).items()

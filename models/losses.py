@@ -25,16 +25,16 @@ class TokenLosses(NamedTuple):
 
     nll: Tensor  # [B, T] negative log-likelihood, in nats
     logsumexp: Tensor  # [B, T] log of the softmax normaliser; the z-loss keeps it near 0
-    router: "RouterStats | None" = None  # of all layers with experts, each with [L] in front
+    router: "RouterStats | None" = None  # stacked over the L layers with experts
 
 
 class LossHead(NamedTuple):
-    """How hidden states become logits, besides the matrix. The defaults change nothing."""
+    """Settings between `hidden @ weight.T` and the logits. The defaults change nothing."""
 
     softcap: float = 0.0  # bound of the logits; 0: none
     softcap_kind: str = "tanh"  # one of SOFTCAPS
-    vocab_size: int | None = None  # rows of the matrix that are tokens; further rows are padding
-    fp8: bool = False  # multiply in float8; needs an NVIDIA GPU of Ada's generation or newer
+    vocab_size: int | None = None  # rows of the matrix that are tokens; the rest is padding
+    fp8: bool = False  # multiply in float8; needs an NVIDIA GPU (Ada or newer)
 
     def cap(self, logits: Tensor) -> Tensor:
         """Bound logits smoothly. The kinds are those of the nanoGPT speedrun:
@@ -209,7 +209,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
 
 
 class _KeptTokenLoss(torch.autograd.Function):
-    """The losses of few tokens: keeps all logits, in the hidden states' dtype, until backward.
+    """Losses of a small batch; all logits stay in memory, in the input's dtype, until backward.
 
     On a CPU this is a third faster: no recomputation, and one product for the weight's gradient.
     Logits are read in pieces that fit the CPU cache.
@@ -287,14 +287,15 @@ def token_losses(
     head: LossHead = PLAIN,
     target_weights: tuple[float, ...] = (1.0,),
 ) -> TokenLosses:
-    """Losses of `softmax(hidden @ weight.T + bias)` for `targets`, differentiable in the first two.
+    """Compute the losses of `softmax(hidden @ weight.T + bias)` for `targets`, in chunks.
 
-    hidden [B, T, D] and weight [V, D] share a dtype; targets [B, T] int64, IGNORE without a loss.
+    hidden [B, T, D] and weight [V, D] are differentiable and share a dtype; targets [B, T] int64,
+    IGNORE without a loss.
     chunk: tokens whose logits exist at once. Default: 4096 on a GPU; on a CPU all tokens up to
     MAX_KEPT_LOGITS logits, else 256. compiled: torch.compile a chunk's computation (default: on
     CUDA). bias [V], differentiable. head: softcap, padding of the vocabulary, float8.
     target_weights: with targets [B, T, K], nll is the weighted sum over the K targets of a token;
-    tokens whose first target is IGNORE count for nothing, and the first weight is above 0.
+    a token whose first target is IGNORE has loss 0, and the first weight must be above 0.
     ValueError if float8 is not possible here.
     """
     cpu = hidden.device.type == "cpu"
@@ -341,11 +342,11 @@ def token_loss_sum(losses: TokenLosses, z_weight: float) -> tuple[Tensor, dict[s
 
 
 def compute_loss_with_z_penalty(logits: Tensor, labels: Tensor, z_weight: float = 1e-4) -> Tensor:
-    """Mean cross-entropy plus `z_weight * logsumexp^2` over labels that are not IGNORE.
+    """Return mean cross-entropy plus `z_weight * logsumexp^2` over labels that are not IGNORE.
 
     logits [..., V], labels [...] int64. labels[i] is the token that logits[i] predicts. For labels
-    equal to the input, as in transformers, pass logits[:, :-1] and labels[:, 1:]. Training uses
-    token_losses and token_loss_sum, which compute the same without storing all logits.
+    equal to the input, as in transformers, pass logits[:, :-1] and labels[:, 1:]. Training calls
+    token_losses and token_loss_sum instead, which do not store all logits.
     """
     flat_logits, target = logits.flatten(0, -2).float(), labels.flatten()
     kept = target != IGNORE

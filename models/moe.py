@@ -22,24 +22,24 @@ from models.losses import IGNORE
 from ranges import NonNegativeFloat, NonNegativeInt, at_least, check_fields, one_of
 
 Size = Annotated[int, at_least(1, below=2**31)]
-KINDS = ("dense", "moe")  # of feed-forward networks
+KINDS = ("dense", "moe")  # feed-forward networks
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The experts and their router. It applies with model.kind=moe."""
+    """Experts and their router, with model.kind=moe."""
 
     # Number of experts; CUDA's grouped product takes at most 1,023.
     experts: Annotated[int, at_least(1, maximum=1023)] = 8
     top_k: Size = 2  # experts that a token uses
-    # Width of an expert. Default: that of the dense network / top_k, for equal active parameters.
+    # Width of an expert. Default: width of the dense network / top_k, for equal active parameters.
     expert_size: Size | None = None
     shared_size: NonNegativeInt = 0  # width of an expert that every token uses; 0: none
-    # Choice of experts; noisy_top_k: training adds noise of a learned size to the scores.
+    # How experts are chosen; noisy_top_k: training adds noise of a learned scale to the scores.
     router: Annotated[str, one_of("top_k", "noisy_top_k")] = "top_k"
-    # How loads are balanced. loss: a balance loss. bias: after each step, the scores that choose
-    # experts change by
-    # bias_rate, up for experts below the mean load and down for those above. none: neither.
+    # How loads are balanced. loss: a balance loss. bias: a bias on the scores that choose experts,
+    # raised by bias_rate after each step for experts below the mean load and lowered for experts
+    # above it. none: neither.
     balance: Annotated[str, one_of("loss", "bias", "none")] = "loss"
     balance_weight: NonNegativeFloat = 0.01  # weight of the balance loss
     z_weight: NonNegativeFloat = 0.001  # weight of the router z-loss
@@ -62,7 +62,7 @@ class MoEConfig:
 
     @property
     def fixed(self) -> "MoEConfig":
-        """These settings without those that may change between phases: weights and rates."""
+        """These settings with default weights and rates, which may change between phases."""
         default = MoEConfig()
         return replace(
             self,
@@ -80,11 +80,11 @@ class MoEConfig:
         return self.top_k > 1
 
     def size(self, dense: int) -> int:
-        """Width of an expert beside a dense network of width `dense`."""
+        """Return the width of an expert, given the width `dense` of a dense network."""
         return self.expert_size or max(1, dense // self.top_k)
 
     def router_parameters(self, width: int) -> int:
-        """Number of the router's parameters."""
+        """Return the number of the router's parameters, without its bias."""
         return self.experts * width * (2 if self.router == "noisy_top_k" else 1)
 
     @property
@@ -106,13 +106,13 @@ def check_moe(kind: str, moe: MoEConfig) -> None:
 
 
 class RouterStats(NamedTuple):
-    """What a router did with one micro-batch. With a dimension [L] in front: of all layers."""
+    """Routing statistics of one micro-batch; stacked over layers, each field has [L] in front."""
 
     balance: Tensor  # [B] fp32: E * sum of share * mean probability over experts; 1 if balanced
     z: Tensor  # [B] fp32: mean squared logsumexp of the scores
     entropy: Tensor  # [B] fp32: mean entropy of the probabilities, in nats
     counts: Tensor  # [E] int64: tokens of each expert
-    dropped: Tensor  # int64: pairs of token and expert that no expert received
+    dropped: Tensor  # int64: token-expert pairs that no expert received
 
     @classmethod
     def stack(cls, layers: "list[RouterStats]") -> "RouterStats | None":
@@ -159,15 +159,15 @@ class Router(nn.Module):
     def stats(
         self, chosen: Tensor, probabilities: Tensor, normalizer: Tensor, trained: Tensor | None
     ) -> RouterStats:
-        """Summarise what forward() returned, of tokens that are `trained` [B, T]; None: of all.
+        """Summarise forward()'s results over the `trained` tokens [B, T]; None: over all tokens.
 
         Balance is measured in each row (arXiv:2412.19437), so it does not depend on how rows are
         divided into micro-batches and ranks.
         """
         rows, experts = len(chosen), self.config.experts
-        kept = torch.ones_like(chosen[..., 0]) if trained is None else trained.long()  # [B, T]
-        weight = kept.float() / kept.sum(1, keepdim=True).clamp_min(1)  # mean over tokens of a row
-        pairs = kept[..., None].expand_as(chosen)
+        counted = torch.ones_like(chosen[..., 0]) if trained is None else trained.long()  # [B, T]
+        weight = counted.float() / counted.sum(1, keepdim=True).clamp_min(1)  # mean over a row
+        pairs = counted[..., None].expand_as(chosen)
         counts = torch.zeros(rows, experts, dtype=torch.int64, device=chosen.device)
         counts.scatter_add_(1, chosen.flatten(1), pairs.flatten(1))  # [B, E]
         shares = counts.float() / counts.sum(1, keepdim=True).clamp_min(1)
@@ -178,7 +178,7 @@ class Router(nn.Module):
             (normalizer.square() * weight).sum(1),
             (entropy * weight).sum(1),
             counts.sum(0),
-            kept.sum() * self.config.top_k - counts.sum(),
+            counted.sum() * self.config.top_k - counts.sum(),
         )
 
 
@@ -201,7 +201,7 @@ class Experts(nn.Module):
         return self.gate_proj, self.up_proj, self.down_proj
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Apply each expert to its rows of x [rows, D]: the first counts[0] are of expert 0."""
+        """Apply each expert to its rows of x [rows, D]; expert 0 has the first counts[0] rows."""
         offsets = counts.cumsum(0).to(torch.int32)
         gate_proj, up_proj, down_proj = self.weights()
         up = grouped_linear(x, up_proj, offsets)
@@ -218,7 +218,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def unaligned(model: nn.Module) -> str:
-    """The first expert weight of a model that grouped_mm refuses in bfloat16, or "".
+    """Return the first expert weight that grouped_mm refuses in bfloat16, or "".
 
     Both matrix dimensions must be multiples of 8, which are the kernel's 16 bytes.
     """
@@ -240,7 +240,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return _grouped_linear(x, weight, offsets)
 
 
-# Loops as operators: torch.compile neither sees the groups nor compiles again when they change.
+# Custom operators hide the loops from torch.compile: new group sizes cause no recompilation.
 @torch.library.custom_op("nanollama::grouped_linear", mutates_args=())
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     out = x.new_empty(len(x), weight.shape[1])
@@ -299,7 +299,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         offset = torch.tensor(_signed(layer * 0xD1B54A32D192ED03 % 2**64))
-        # A buffer: for another integer, torch would compile the block again.
+        # A buffer, because torch.compile would recompile the block for each integer.
         self.register_buffer("noise_offset", offset, persistent=False)
         self.router = Router(config, width)
         self.experts = Experts(config.experts, width, size, activation)
@@ -311,7 +311,7 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, RouterStats | None]:
         """Return the output [B, T, D] and, in training, the router's stats.
 
-        noise_keys [B, T]: token_keys. trained [B, T] bool: tokens that the stats count.
+        noise_keys [B, T]: from token_keys. trained [B, T] bool: tokens that the stats count.
         """
         if noise_keys is not None:
             noise_keys = noise_keys + self.noise_offset
@@ -327,7 +327,7 @@ class MoE(nn.Module):
         return out.view_as(x), stats
 
     def apply_experts(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Return the weighted sum [N, D] of each token's experts. x [N, D]; others [N, K]."""
+        """Return the weighted sum [N, D] of each token's experts. x [N, D]; the others [N, K]."""
         tokens, k = chosen.shape
         pairs = chosen.flatten()
         counts = torch.zeros(self.config.experts, dtype=torch.int64, device=x.device)
@@ -375,8 +375,7 @@ def router_inputs(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return noise_keys and `trained` of a training step, both [B, T] or None, for MoE.forward.
 
-    rows: see token_keys.
-    `trained` marks the tokens up to a row's last target; those after it are padding.
+    rows: see token_keys. `trained` marks the tokens up to a row's last target; the rest is padding.
     """
     if kind == "dense":
         return None, None
@@ -391,10 +390,10 @@ def router_loss_sum(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum the routers' losses over rows, each row weighted by its number of targets.
 
-    So a division by the targets of the whole step gives a mean over rows. The losses of the layers
-    are added (arXiv:2101.03961). has_target [B, T] bool. Returns the sum and detached sums:
-    "balance_loss" and "router_z_loss", already weighted; "router_entropy" in nats, the mean over
-    layers; "dropped_tokens", which must be 0; "expert_counts", int64 [L, E].
+    Dividing by the targets of the whole step then gives a weighted mean over rows. The losses of
+    the layers are added (arXiv:2101.03961). has_target [B, T] bool. Returns the sum and detached
+    sums: "balance_loss" and "router_z_loss", already weighted; "router_entropy" in nats, the mean
+    over layers; "dropped_tokens", which must be 0; "expert_counts", int64 [L, E].
     """
     targets = has_target.sum(1)  # [B]
     weight = config.balance_weight if config.balance == "loss" else 0.0
@@ -410,11 +409,11 @@ def router_loss_sum(
 
 
 def token_keys(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Return a pseudo-random int64 for each token [B, T]: of its row's tokens, number and position.
+    """Return a hash per token, int64 [B, T], of its row's tokens, row number and position.
 
-    rows [B]: the rows' numbers in training order, so that equal rows have different keys. None: 0.
+    rows [B]: row numbers in training order, so that identical rows get different keys. None: 0.
     Noise from these keys is the same for any number of ranks, any micro-batch size, after a resume,
-    and when activation checkpointing computes a block again.
+    and when activation checkpointing recomputes a block.
     """
     position = torch.arange(tokens.shape[1], device=tokens.device) * _signed(0x9E3779B97F4A7C15)
     row = ((tokens + 1) * _mix(position)).sum(1, keepdim=True)
@@ -440,10 +439,10 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift int64 numbers to the right as unsigned ones."""
+    """Shift int64 numbers right as if they were unsigned."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(number: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number."""
+    """Return the int64 with the bits of an unsigned 64-bit number."""
     return number - 2**64 if number >= 2**63 else number

@@ -27,7 +27,7 @@ Size = Annotated[int, at_least(1, below=2**31)]
 class ModelConfig:
     """Shape of a model. Field names are those of a Hugging Face config; defaults give 1.1B."""
 
-    vocab_size: Size = 32_000  # rows of the embedding, at least the tokenizer's ids
+    vocab_size: Size = 32_000  # rows of the embedding, at least the tokenizer's size
     hidden_size: Size = 2048  # width of the residual stream
     intermediate_size: Size = 5632  # width of the feed-forward network
     num_hidden_layers: Annotated[int, at_least(1, maximum=10_000)] = 22  # number of blocks
@@ -204,8 +204,9 @@ class NanoLlama(nn.Module):
     """The language model: embedding, transformer blocks, final norm, head.
 
     `NanoLlama(config, seed)` draws the same weights on every machine and for any world size.
-    `NanoLlama(vocab_size=32000, n_layers=22, hidden_dim=2048, ...)` calls make_config; its seed is
-    0 unless given. With a config and no seed, weights are left for a checkpoint to fill.
+    `NanoLlama(vocab_size=32000, n_layers=22, hidden_dim=2048, ...)` calls make_config; seed
+    defaults to 0. With a config and no seed, weights stay uninitialized until a checkpoint
+    is loaded.
     """
 
     def __init__(self, config: ModelConfig | None = None, seed: int | None = None, **shape: Any):
@@ -237,7 +238,7 @@ class NanoLlama(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The matrix [V, D] that turns hidden states into logits."""
+        """The weight [V, D] that maps hidden states to logits."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def set_rope_theta(self, theta: float) -> None:
@@ -279,7 +280,7 @@ class NanoLlama(nn.Module):
         """Return logits [B, T, V] of tokens [B, T]; with targets [B, T], TokenLosses (fp32 [B, T]).
 
         doc_ids [B, T] numbers each token's document; tokens attend within their own document.
-        rows [B]: numbers of the rows in training order, for the noise of a router.
+        rows [B]: row numbers in training order, for the router's noise.
         ValueError if T exceeds max_position_embeddings.
         """
         length = tokens.shape[1]

@@ -27,21 +27,21 @@ class RopeScaling:
 
     type: Annotated[str, one_of(*TYPES)]  # kind of scaling
     factor: Annotated[float, at_least(1, maximum=1e6)]  # longest context / original context
-    # Longest context of the training before YaRN.
+    # Longest context before scaling.
     original_max_position_embeddings: Annotated[int, at_least(1, below=2**31)]
-    beta_fast: PositiveFloat = 32.0  # yarn: turns from which on a channel keeps its frequency
-    beta_slow: PositiveFloat = 1.0  # yarn: turns up to which a channel is slowed down by factor
+    beta_fast: PositiveFloat = 32.0  # yarn: channels with at least this many turns are unchanged
+    beta_slow: PositiveFloat = 1.0  # yarn: channels with at most this many turns are slowed
     # yarn: factor of the rotated queries and keys. Default: 0.1 ln(factor) + 1.
     attention_factor: PositiveFloat | None = None
-    # llama3, required: turns up to which a channel is slowed down by factor.
+    # llama3, required: a channel with at most this many turns is slowed by factor.
     low_freq_factor: PositiveFloat | None = None
-    # llama3, required: turns from which on a channel keeps its frequency.
+    # llama3, required: a channel with at least this many turns is unchanged.
     high_freq_factor: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "model.rope_scaling")
-        others = YARN_KEYS if self.type == "llama3" else LLAMA3_KEYS
-        for name in others:
+        unused = YARN_KEYS if self.type == "llama3" else LLAMA3_KEYS
+        for name in unused:
             if (value := getattr(self, name)) != self.__dataclass_fields__[name].default:
                 raise ValueError(
                     f"model.rope_scaling.{name}={value:g} has no effect with type={self.type}; "
@@ -51,7 +51,7 @@ class RopeScaling:
             if not (self.low_freq_factor or 0) < (self.high_freq_factor or 0):
                 raise ValueError(
                     "model.rope_scaling of type llama3 needs low_freq_factor and a larger "
-                    "high_freq_factor"
+                    "high_freq_factor; set both"
                 )
             return
         if self.beta_fast <= self.beta_slow:
@@ -121,22 +121,22 @@ class RopeScaling:
         begin, end = self.ramp(head_dim, theta)
         wavelengths = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         channels = torch.arange(head_dim // 2, dtype=torch.float32)
-        kept = 1 - ((channels - begin) / max(end - begin, 0.001)).clamp(0, 1)
-        return (1 - kept) / (self.factor * wavelengths) + kept / wavelengths
+        blend = 1 - ((channels - begin) / max(end - begin, 0.001)).clamp(0, 1)  # 1: unchanged
+        return (1 - blend) / (self.factor * wavelengths) + blend / wavelengths
 
     def _llama3_frequencies(self, head_dim: int, theta: float) -> Tensor:
         assert self.low_freq_factor and self.high_freq_factor
         channels = torch.arange(0, head_dim, 2, dtype=torch.float32)
         frequencies = 1.0 / (theta ** (channels / head_dim))
         turns = self.original_max_position_embeddings / (2 * math.pi / frequencies)
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = kept.clamp(0, 1)
-        return (1 - kept) * frequencies / self.factor + kept * frequencies
+        blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        blend = blend.clamp(0, 1)  # 1: unchanged
+        return (1 - blend) * frequencies / self.factor + blend * frequencies
 
     def to_hf(self) -> dict[str, Any]:
         """Return the keys of config.json's rope_parameters, or of rope_scaling (transformers 4)."""
-        others = YARN_KEYS if self.type == "llama3" else LLAMA3_KEYS
-        values = {name: getattr(self, name) for name in KEYS if name not in others}
+        unused = YARN_KEYS if self.type == "llama3" else LLAMA3_KEYS
+        values = {name: getattr(self, name) for name in KEYS if name not in unused}
         return {
             "rope_type": self.type,
             **{name: value for name, value in values.items() if value is not None},
@@ -144,7 +144,7 @@ class RopeScaling:
 
 
 def rope_section(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json's settings of rotary positions: those that transformers 5 would use.
+    """Return the section of config.json with rotary settings that transformers 5 would use.
 
     ValueError if a section is not an object.
     """
@@ -160,7 +160,7 @@ def rope_type(section: dict[str, Any]) -> Any:
 
 
 def unsupported_rope(section: dict[str, Any]) -> dict[str, bool]:
-    """Return for keys of a section of config.json whether NanoLlama cannot compute their value."""
+    """Map keys of a section of config.json to True if NanoLlama does not support their value."""
     kind = rope_type(section)
     return {
         "rope_type": kind not in ("default", *TYPES),
@@ -171,9 +171,9 @@ def unsupported_rope(section: dict[str, Any]) -> dict[str, bool]:
 
 
 def scaling_from_hf(hf: dict[str, Any], context: int) -> RopeScaling | None:
-    """Convert config.json's settings of a longer context; None if it has none.
+    """Convert config.json's rope scaling; None if it has none.
 
-    context: max_position_embeddings, transformers' default of the original context. ValueError for
+    context: max_position_embeddings, transformers' default for the original context. ValueError for
     a missing factor or a wrong value.
     """
     section = rope_section(hf)
@@ -181,8 +181,9 @@ def scaling_from_hf(hf: dict[str, Any], context: int) -> RopeScaling | None:
         return None
     values = {name: section[name] for name in KEYS if section.get(name) is not None}
     original = "original_max_position_embeddings"
-    values[original] = hf.get(original) or values.get(original, context)  # the former as in Phi-3
+    # Phi-3 stores it outside the section.
+    values[original] = hf.get(original) or values.get(original, context)
     if "factor" not in values:
         title = "YaRN" if rope_type(section) == "yarn" else "Llama 3"
-        raise ValueError(f"rope_parameters of config.json lacks the factor of {title}")
+        raise ValueError(f"rope_parameters of config.json must have a factor for {title}; add it")
     return RopeScaling(rope_type(section), **values)

@@ -33,7 +33,7 @@ Layer = NonNegativeInt  # number of a layer, from 0
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of a SpeedrunGPT; the defaults are GPT-2 124M. (5): the record that added a setting."""
+    """Shape of a SpeedrunGPT; the defaults are GPT-2 124M. (5): added by record 5."""
 
     vocab_size: Size = 50_257  # rows of the embedding
     hidden_size: Size = 768  # width of the residual stream
@@ -59,7 +59,7 @@ class GPTConfig:
     activation: Annotated[str, one_of("gelu", "relu2")] = "gelu"  # activation of the MLP; relu2 (5)
 
     vocab_multiple: PositiveInt = 1  # pads the vocabulary to a multiple; 128 (5)
-    tie_word_embeddings: bool = True  # false: the head has weights of its own (8)
+    tie_word_embeddings: bool = True  # false: the head has separate weights (8)
     head_bias: bool = False  # bias of the head; track 3's baseline has one
     embedding_norm: bool = False  # norm after the embedding (8)
     softcap: NonNegativeFloat = 0.0  # bound of the logits; 0: none; 30 (9), 15 (18), 23 (54)
@@ -235,7 +235,7 @@ class GPTConfig:
         return sum(self._active(name, n) for name, n in _parameter_sizes(self).items())
 
     def _active(self, name: str, size: int) -> int:
-        """The part of a parameter that one token uses."""
+        """Return how many elements of a parameter one token uses."""
         return size * self.moe.top_k // self.moe.experts if ".experts." in name else size
 
     def flops_per_token(self, length: int) -> float:

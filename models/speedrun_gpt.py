@@ -39,8 +39,8 @@ class SpeedrunGPT(nn.Module):
     """The language model: embedding, blocks, final norm, head.
 
     `SpeedrunGPT(config, seed)` draws the same weights on every machine and for any world size.
-    Without a seed, weights are left for a checkpoint to fill. Schedules change the model through
-    set_softcap, set_windows and set_multi_token_weights, before a step, and through nothing else.
+    Without a seed, weights stay uninitialized until a checkpoint is loaded. Schedules change the
+    model before a step, only through set_softcap, set_windows and set_multi_token_weights.
     """
 
     def __init__(self, config: GPTConfig, seed: int | None = None):
@@ -81,7 +81,7 @@ class SpeedrunGPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The matrix [padded_vocab_size, D] that turns hidden states into logits."""
+        """The weight [padded_vocab_size, D] that maps hidden states to logits."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def set_softcap(self, value: float) -> None:
@@ -90,7 +90,7 @@ class SpeedrunGPT(nn.Module):
         self.softcap = float(value)
 
     def set_windows(self, short: int | None, long: int | None) -> None:
-        """Let tokens of the next steps see `short` or `long` tokens, itself included; None: all.
+        """Set the attention windows of the next steps, in tokens, current one included; None: all.
 
         With config.yarn, the rotary tables and the attention scale follow the long window.
         """
@@ -163,9 +163,9 @@ class SpeedrunGPT(nn.Module):
         """Return logits [B, T, V] of tokens [B, T]; with targets [B, T], TokenLosses (fp32 [B, T]).
 
         doc_ids [B, T] numbers each token's document; tokens attend within their own document.
-        rows [B]: numbers of the rows in training order, for the noise of a router.
+        rows [B]: row numbers in training order, for the router's noise.
         In training mode, nll is the weighted sum over the next tokens (multi_token_weights).
-        ValueError if T exceeds max_position_embeddings, or fp8_head trains without such a GPU.
+        ValueError if T exceeds max_position_embeddings, or if fp8_head trains without a float8 GPU.
         """
         config, length = self.config, tokens.shape[1]
         if length > config.max_position_embeddings:

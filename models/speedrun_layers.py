@@ -42,7 +42,7 @@ class Rotation(NamedTuple):
 
 
 class BlockInputs(NamedTuple):
-    """What a block reads besides its hidden states. Each is None if its field is off."""
+    """Inputs of a block besides its hidden states. Each is None if its field is off."""
 
     x0: Tensor  # [B, T, D] the embedding, input of the first block
     starts: Tensor  # [B, T] bool: first tokens of documents
@@ -82,7 +82,7 @@ def rotary_frequencies(config: "GPTConfig", long_window: int | None) -> Tensor:
     A rope_fraction below 1 rotates the first channels, from theta^0 to theta^-1 with both ends, and
     keeps the others still (record 17). With config.yarn, a long window other than the config's
     slows down the frequencies that turn less than 32 times in it (YaRN, arXiv:2309.00071, section
-    3.2; record 31). The result depends on both windows alone, not on the windows in between.
+    3.2; record 31). The result depends on these two windows only, not on earlier ones.
     """
     half = config.resolved_head_dim // 2
     if config.rope_fraction == 1:
@@ -92,14 +92,14 @@ def rotary_frequencies(config: "GPTConfig", long_window: int | None) -> Tensor:
     frequencies = F.pad(config.rope_theta**-exponents, (0, half - len(exponents)))
     if config.yarn and config.long_window and long_window:
         turns = config.long_window * frequencies / (2 * math.pi)
-        kept = ((turns - 1) / (32 - 1)).clamp(0, 1)
+        blend = ((turns - 1) / (32 - 1)).clamp(0, 1)  # 1: unchanged
         ratio = config.long_window / long_window
-        frequencies = frequencies * (ratio + kept * (1 - ratio))
+        frequencies = frequencies * (ratio + blend * (1 - ratio))
     return frequencies
 
 
 def query_factor(config: "GPTConfig", long_window: int | None) -> float:
-    """Return the factor of the queries that makes the kernel's 1 / sqrt(head_dim) our scale.
+    """Return the query factor that turns the kernel's 1 / sqrt(head_dim) into the config's scale.
 
     With config.yarn, the scale grows with the long window, as in the speedrun (record 31).
     """
@@ -274,10 +274,10 @@ class Smear(nn.Module):
         self.weight = nn.Parameter(torch.empty(1))
 
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
-        """x [B, T, D]; a document's first token (starts [B, T]) takes nothing."""
+        """x [B, T, D]; starts [B, T] marks the first tokens of documents, which stay unchanged."""
         previous = F.pad(x[:, :-1], (0, 0, 1, 0))
-        part = self.weight * _gate(self.gate, x)
-        return x + part.masked_fill(starts[..., None], 0) * previous
+        scale = self.weight * _gate(self.gate, x)
+        return x + scale.masked_fill(starts[..., None], 0) * previous
 
 
 class BigramEmbedding(nn.Module):

@@ -4,11 +4,11 @@ python -m scripts.average_checkpoints --phase_folder checkpoints/quickstart/base
 python -m scripts.average_checkpoints --checkpoints my_run/step_100 my_run/step_200 \\
     --weights 2 1 --output_dir checkpoints/averaged
 
-The mean of the last checkpoints at a stable learning rate forecasts what a decay would give
-(arXiv:2505.12082). Inside the decay, the mean is a candidate for the final model. The folder has
-the files of a step folder without state/: evaluations, export, chat and --base_model take it, and
-training cannot resume from it. average.json in it names the sources. Run the same command again:
-a finished average is left as it is, even if its sources were deleted since.
+The mean of the last checkpoints at a constant learning rate forecasts the result of a decay
+(arXiv:2505.12082). During the decay, the mean is a candidate for the final model. The folder has
+the files of a step folder without state/: evaluations, export, chat and --base_model accept it, but
+training cannot resume from it. Its average.json names the sources. Run the same command again: a
+finished average is unchanged, even if its sources have been deleted.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
         sources, output = chosen_checkpoints(args)
         names = ", ".join(str(source) for source in sources)
         if is_made(output, sources, args.weights):
-            print(f"{output} is the average of {names} already")
+            print(f"{output} is the average of {names}; nothing to do")
             return
         write_average(record_of(sources, args.weights), output)
         print(f"{output}: average of {len(sources)} checkpoints: {names}")
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[Path], Path]:
-    """The checkpoints to average, in order, and the output folder; ValueError for wrong flags."""
+    """Return the checkpoints to average, in order, and the output folder; may raise ValueError."""
     if args.phase_folder:
         phase, every = args.phase_folder, args.every or 1
         choice = (phase, args.last or 5, every, args.until)

@@ -6,11 +6,11 @@ python -m scripts.chat --checkpoint checkpoints/quickstart/gguf/nanollama-quicks
     --serve 8080    # OpenAI-compatible API
 
 /help lists the commands of a chat: new conversation, retry, undo, save. Ctrl-C stops a reply,
-Ctrl-D ends the chat. Typed lines are kept for the next chat in
-~/.local/state/nanollama/chat_history (or below XDG_STATE_HOME).
+Ctrl-D ends the chat. Typed lines are saved for the next chat in
+~/.local/state/nanollama/chat_history (or under XDG_STATE_HOME).
 
 Thoughts are printed dim. Tools (arithmetic, dates, units, facts about countries) are executed,
-unless --no_tools. A model with a foreign chat template uses that template, without tools. A base
+unless --no_tools. A model with another chat template uses that template, without tools. A base
 model continues the typed text.
 """
 
@@ -35,9 +35,9 @@ def main() -> None:
         help="a .gguf file or a checkpoint folder",
     )
     parser.add_argument(
-        "--prompt", nargs="+", help="the user's turns of one conversation, then exit"
+        "--prompt", nargs="+", help="user messages of one conversation; exit after the last reply"
     )
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="limit of one reply")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="token limit of a reply")
     parser.add_argument(
         "--context",
         type=int,
@@ -60,7 +60,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="URL",
-        help="with --serve: web pages that may use it, e.g. http://localhost:3000 (default: none)",
+        help="with --serve: web origins with access, e.g. http://localhost:3000 (default: none)",
     )
     args = parser.parse_args()
     with user_errors():
@@ -90,7 +90,7 @@ def history_file() -> Path | None:
 
 
 def read_key(name: str) -> str:
-    """Return the API key in an environment variable; raise ValueError if it is empty."""
+    """Return the API key in an environment variable; ValueError if it is empty."""
     key = os.environ.get(name, "").strip()
     if not key:
         raise ValueError(f"--api_key {name}: the environment variable {name} is not set or empty")

@@ -4,10 +4,11 @@ python -m scripts.check_env                               # exit status 1: canno
 python -m scripts.check_env --plan configs/plan_1b.yaml   # exit status 1: cannot run this plan
 
 Checks Python and the packages, the build of torch, the device that commands use (cuda, mps or cpu)
-with its memory and dtype, CPU cores, memory, free disk, WSL, and the alerts of the config. On CUDA
-also the C compiler, NCCL, access between GPUs and /dev/shm. For a plan of 1B parameters or more
-also the number of GPUs, disk, packages of evaluations and the login to the Hugging Face hub.
-NANOLLAMA_DEVICE=cpu replaces the device of all commands.
+with its memory and dtype, CPU cores, memory, free disk, WSL, and the alerts of the config. On CUDA,
+it also checks the C compiler, NCCL, access between GPUs and /dev/shm. For a plan of 1B parameters
+or more, it also checks the number of GPUs, the disk, the packages of evaluations and the login to
+the Hugging Face hub.
+NANOLLAMA_DEVICE=cpu overrides the device of all commands.
 """
 
 import os
@@ -32,7 +33,7 @@ from training.planning.plan import Plan, load_plan
 
 PLAN_1B = "configs/plan_1b.yaml"
 LARGE = 1e9  # parameters; larger models need one GPU per rank and MIN_DISK_GB
-MIN_DISK_GB = 500  # scripts.plan may ask for more
+MIN_DISK_GB = 500  # minimum; scripts.plan may require more
 QUICKSTART_GB = 2
 NEEDED = (
     "torch",
@@ -44,7 +45,7 @@ NEEDED = (
     "tqdm",
     "matplotlib",
 )
-EVALUATION = ("xgrammar", "alt-profanity-check", "langdetect", "nltk")  # for the suites of a plan
+EVALUATION = ("xgrammar", "alt-profanity-check", "langdetect", "nltk")  # for a plan's suites
 OPTIONAL = ("wandb", "flash-attn", "torchao")
 
 
@@ -143,8 +144,8 @@ def check_machine() -> list[str]:
     for name in NEEDED:
         installed = _version(name)
         line(name, installed or "not installed", None if installed else f"pip install {name}")
-    too_old = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11)
-    if too_old:
+    release = torch.__version__.split("+")[0].split(".")
+    if tuple(map(int, release[:2])) < (2, 11):
         line("torch", torch.__version__, "torch 2.11 or newer is needed")
     for name in OPTIONAL:
         line(f"{name} (optional)", _version(name) or "not installed")
@@ -191,7 +192,7 @@ def check_machine() -> list[str]:
     else:
         line("GPU", "none: the quickstart and all tests run on the CPU, the 1.1B model needs a GPU")
     if has_nvidia_driver() and not torch.backends.cuda.is_built():
-        line("torch build", "for CPUs, beside an NVIDIA driver: TORCH_BUILD=cuda make setup")
+        line("torch build", "for CPUs, despite an NVIDIA driver; run TORCH_BUILD=cuda make setup")
     dtype = str(compute_dtype(ParallelConfig(), torch.device("cpu"))).removeprefix("torch.")
     line("CPU", f"{cpus()} cores, {memory() / 1e9:.0f} GB of memory, trains in {dtype}")
     try:
@@ -213,7 +214,7 @@ def check_machine() -> list[str]:
 
 
 def has_nvidia_driver() -> bool:
-    """Whether an NVIDIA driver is installed, by the rule of scripts/setup.sh."""
+    """Return True if an NVIDIA driver is installed, by the rule of scripts/setup.sh."""
     paths = ("/proc/driver/nvidia", "/usr/lib/wsl/lib/nvidia-smi")
     return shutil.which("nvidia-smi") is not None or any(map(os.path.exists, paths))
 

@@ -45,7 +45,9 @@ def main() -> None:
         help="strings to encode with both tokenizers",
     )
     parser.add_argument("--threads", type=int_at_least(0), default=0, help="0: all available CPUs")
-    parser.add_argument("--output", type=Path, help="JSON file; the Markdown table goes beside it")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; the Markdown table is written beside it"
+    )
     args = parser.parse_args()
     with user_errors():
         folder = checkpoint_folder(args.checkpoint)

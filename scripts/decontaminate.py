@@ -31,7 +31,7 @@ def main() -> None:
         required=True,
         help="comma-separated names, or files with id and text",
     )
-    # data/contaminated_ids.json is a deliverable: scripts.deliverables copies a store's file there
+    # data/contaminated_ids.json is a deliverable; scripts.deliverables copies a store's file to it
     parser.add_argument(
         "--output",
         type=Path,
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """Return the data sets of one --train_dataset value; an existing path is returned as it is."""
+    """Return the data sets of one --train_dataset value; an existing path is returned unchanged."""
     return (text,) if Path(text).exists() else sources_of(text)
 
 
@@ -86,7 +86,7 @@ def find_contaminated_examples(
 
     The id of a text is its key in a mapping, else its index; a row may be {"text": ...}. Training
     texts are streamed, so a generator works. Test texts of fewer than Settings.minimum_words (8)
-    words are ignored. Raises ValueError without test texts, or for a single str.
+    words are ignored. ValueError without test texts, or if the texts are a single str.
     """
     if isinstance(train_texts, str) or isinstance(test_texts, str):
         raise ValueError(

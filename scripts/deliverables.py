@@ -1,4 +1,4 @@
-"""Gather the deliverables of a plan, check that they agree, and name the commands for missing ones.
+"""Gather a plan's deliverables, check that they agree, and print commands for missing deliverables.
 
 python -m scripts.deliverables --plan configs/plan_1b.yaml
 python -m scripts.deliverables --plan configs/quickstart/plan.yaml --output_dir results/quickstart

@@ -14,8 +14,8 @@ python -m scripts.download_data --dataset fineweb10B --shards 9 --output_dir dat
 python -m scripts.download_data --dataset mmlu gsm8k hellaswag arc truthfulqa \\
     --output_dir data/store/nanollama_1b
 
---max_tokens limits each source, also each source of a group. docs/own_data.md lists the accepted
-files. To resume an interrupted download, run the same command again.
+--max_tokens limits each source, including each source of a group. docs/own_data.md lists the
+accepted files. To resume an interrupted download, run the same command again.
 """
 
 import sys
@@ -48,14 +48,16 @@ def main() -> None:
     parser.add_argument(
         "--max_tokens",
         type=within(float, above(0)),
-        help="approximate token limit of each source, such as 24e9",
+        help="approximate token limit of each source, e.g. 24e9",
     )
     parser.add_argument("--name", help="source name of a path in the store; default: its file name")
     parser.add_argument(
         "--revision", help="commit or branch on the hub; default: the pinned commit"
     )
-    parser.add_argument("--split", help="of a hub data set or save_to_disk folder; default: train")
-    about = "default: text, content, document, body or the only column of text; it is printed"
+    parser.add_argument(
+        "--split", help="split of a hub data set or save_to_disk folder; default: train"
+    )
+    about = "default: text, content, document, body, or the only text column (printed)"
     parser.add_argument("--text_column", help=about)
     parser.add_argument("--id_column", help="default: id, or the hub data set's column")
     parser.add_argument(
@@ -63,7 +65,7 @@ def main() -> None:
         type=int_at_least(1000),
         help="cut .txt and .md files into documents of about this length; default: one each",
     )
-    about = "maximum share of unreadable rows of a source; more is an error"
+    about = "maximum share of unreadable rows of a source; a larger share is an error"
     parser.add_argument(
         "--max_bad",
         type=within(float, Range(0, 1)),
@@ -118,19 +120,19 @@ def main() -> None:
 
 
 def _names(text: str) -> Iterable[str]:
-    """Return the data sets of one --dataset value; an existing path is returned as it is."""
+    """Return the data sets of one --dataset value; an existing path is returned unchanged."""
     if text == "quickstart":
         return quickstart_sources()
     if text in KNOWN and Path(text).exists():
         print(
-            f"note: {text} means the data set of that name; use ./{text} for the path",
+            f"note: {text} is read as the data set of that name; use ./{text} for the path",
             file=sys.stderr,
         )
     return [text] if Path(text).exists() else sources_of(text)
 
 
 def _check_names(datasets: Sequence[str]) -> None:
-    """Raise ValueError if two data sets have the same source name."""
+    """ValueError if two data sets have the same source name."""
     named: dict[str, str] = {}
     for dataset in datasets:
         if validation_sources(dataset) or dataset == "fineweb10B" or dataset in testsets.TEST_SETS:
@@ -144,7 +146,7 @@ def _check_names(datasets: Sequence[str]) -> None:
 
 
 def _check_held_out(name: str, sources: Sequence[str], store: Path) -> None:
-    """Check that the sources of a validation split exist; prepare_data splits them."""
+    """ValueError if a source of a validation split is missing; prepare_data splits them."""
     for source in sources:
         if not (store / "documents" / source).is_dir():
             raise ValueError(

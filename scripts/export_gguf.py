@@ -37,7 +37,10 @@ def main() -> None:
         "--output", required=True, help="output file; {outtype} is replaced by the outtype"
     )
     parser.add_argument(
-        "--threads", type=int_at_least(0), default=0, help="for quantisation; 0: all available CPUs"
+        "--threads",
+        type=int_at_least(0),
+        default=0,
+        help="threads for quantisation; 0: all available CPUs",
     )
     parser.add_argument(
         "--logs", type=Path, help="logs for the model card (default: logs/<run> of the checkpoint)"

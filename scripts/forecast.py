@@ -5,9 +5,9 @@ python -m scripts.forecast logs/lab/scaling                      # or a folder o
 python -m scripts.forecast logs/lab/scaling --predict 1e9 30e9   # parameters, tokens
 python -m scripts.plan configs/plan_1b.yaml --forecast results/forecast/scaling/forecast.json
 
-The runs of the largest compute are held out, forecast from the others and compared. To forecast
-them before they run, start the experiment with --only and the other variants, and give their size
-to --predict. Writes forecast.json, forecast.png and forecast.md. docs/forecast.md has the method.
+The runs with the most compute are held out, forecast from the other runs, and compared. To forecast
+them before they run, run the other variants with --only and give the size to --predict. Writes
+forecast.json, forecast.png and forecast.md. docs/forecast.md has the method.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ def main() -> None:
         help="also forecast this run: non-embedding parameters and training tokens",
     )
     parser.add_argument(
-        "--draws", type=int_at_least(100), default=DRAWS, help="resampled fits of the intervals"
+        "--draws", type=int_at_least(100), default=DRAWS, help="resampled fits for the intervals"
     )
     parser.add_argument("--output_dir", type=Path, help="default: results/forecast/NAME")
     args = parser.parse_args()

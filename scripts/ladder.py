@@ -1,4 +1,4 @@
-"""Climb the speedrun ladder: train its rungs with several seeds and compare them in a record.
+"""Train rungs of the speedrun ladder with several seeds and compare them in a record.
 
 python -m scripts.ladder --rungs 0-9 --seeds 3          # in miniature without a GPU
 python -m scripts.ladder --rungs muon untied_head 20-22 --seeds 5 --miniature
@@ -8,8 +8,9 @@ python -m scripts.ladder --history                      # write docs/learning_pa
 
 Each rung trains for the steps of its config. The target is the baseline's mean final loss; rung 0,
 the baseline, is always included. The record in records/<date>_ladder* has tokens, steps and seconds
-to the target with 95 % intervals, against the baseline and against the rung before, and the final
-loss of a rung that never reaches it. Every command is resumable: run it again and it continues.
+to the target with 95 % intervals, against the baseline and against the previous rung, and the
+final loss of a rung that never reaches it. Every command is resumable: run it again and it
+continues.
 
 The miniature needs the quickstart's text as shards:
 python -m scripts.write_bin --store data/store/quickstart --output_dir data/quickstart_bin \\
@@ -51,7 +52,9 @@ def main() -> None:
             print(f"wrote {PAGE}")
             return
         if args.medium + args.miniature + args.full > 1:
-            raise ValueError("--medium, --miniature and --full exclude each other; give one")
+            raise ValueError(
+                "--medium, --miniature and --full exclude each other; give one of them"
+            )
         small = args.miniature or not (args.full or torch.cuda.is_available())
         folder = MEDIUM if args.medium else MINIATURE if small else FULL
         rungs = select_rungs(read_ladder(folder), args.rungs)

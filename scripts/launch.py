@@ -1,12 +1,12 @@
-"""Run torchrun without its own tracebacks; exit with the status of the first failed rank.
+"""Run torchrun without its tracebacks; exit with the status of the first failed rank.
 
-Once the project is installed, plain torchrun does the same for its scripts (torchrun_plugin.py).
+Once the project is installed, plain torchrun behaves the same for its scripts (torchrun_plugin.py).
 
 python -m scripts.launch --nproc_per_node=2 train.py --test_mode --steps 100
 python -m scripts.launch --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
     --rdzv_endpoint=HOST:29400 train.py --config configs/phase1_pretrain.yaml    # on each machine
 
-Takes all of torchrun's flags. Without a multi-node flag, all ranks run on this machine.
+Accepts all of torchrun's flags. Without a multi-node flag, all ranks run on this machine.
 --max-restarts=3 restarts the ranks from the newest checkpoint when one of them dies.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
 def _arguments(argv: list[str]) -> argparse.Namespace:
     """Parse torchrun's arguments; add --standalone, which finds a free port, for a single node.
 
-    A flag of MULTI_NODE or its environment variable PET_<FLAG> means several nodes.
+    A flag of MULTI_NODE, or its environment variable PET_<FLAG>, selects several nodes.
     """
     arguments, default = run.parse_args(argv), run.get_args_parser().get_default
     multi_node = [
@@ -67,7 +67,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     if arguments.module:
         return arguments
     script = Path(str(arguments.training_script))
-    if not script.exists() and (ROOT / script).is_file():  # from another working folder
+    if not script.exists() and (ROOT / script).is_file():  # the working folder is not the project
         arguments.training_script = str(ROOT / script)
     elif not arguments.no_python and not script.exists():
         raise ValueError(

@@ -4,8 +4,7 @@ python -m scripts.live_plot --experiment_name speedrun
 
 Draws training loss, validation loss and the run's target_loss against tokens into
 logs/NAME/live.png whenever there are new steps. logs/NAME/live.html shows that file and reloads it;
-it opens in a browser if this machine has a screen. Waits for a run that has not started and ends
-with the run.
+it opens in a browser if this machine has a screen. Waits until the run starts, and ends with it.
 """
 
 import os
@@ -36,9 +35,9 @@ def main() -> None:
     parser.add_argument("--experiment_name", required=True, help="the run's name (run: NAME)")
     parser.add_argument("--logs", type=Path, default="logs", help="folder of all runs' logs")
     parser.add_argument(
-        "--every", type=within(float, above(0)), default=5.0, help="seconds between two looks"
+        "--every", type=within(float, above(0)), default=5.0, help="seconds between updates"
     )
-    parser.add_argument("--no_browser", action="store_true", help="write the files only")
+    parser.add_argument("--no_browser", action="store_true", help="only write the files")
     args = parser.parse_args()
     with user_errors():
         folder = args.logs / args.experiment_name
@@ -51,7 +50,7 @@ def main() -> None:
 
 
 def has_screen() -> bool:
-    """Whether a graphical browser can open here."""
+    """Return True if a graphical browser can open here."""
     variables = ("DISPLAY", "WAYLAND_DISPLAY")
     return sys.platform in ("darwin", "win32") or any(map(os.environ.get, variables))
 
@@ -62,7 +61,7 @@ def follow(folder: Path, every: float, browser: bool) -> None:
     drawn = waiting = False
     size = -1
     while True:
-        running = in_use(folder)  # before reading: then nothing is added after the last plot
+        running = in_use(folder)  # checked before reading, so that the last plot is complete
         new_size = metrics.stat().st_size if metrics.is_file() else 0
         if new_size > 0 and new_size != size:
             size = new_size
@@ -82,14 +81,14 @@ def follow(folder: Path, every: float, browser: bool) -> None:
             waiting = True
             print(
                 f"waiting for the first step of {folder}; start the run with "
-                f"--experiment_name {folder.name}; Ctrl-C ends this command",
+                f"--name {folder.name}; Ctrl-C ends this command",
                 flush=True,
             )
         time.sleep(every)
 
 
 def target_of(folder: Path, phase: str) -> float | None:
-    """The target loss in the config of a run's phase, or None."""
+    """Return the target loss in the config of a run's phase, or None."""
     path = folder / f"{phase}.config.yaml"
     target = read_yaml_file(path).get("target_loss") if path.is_file() else None
     return target if isinstance(target, (int, float)) else None

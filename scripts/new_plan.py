@@ -1,4 +1,4 @@
-"""Choose a model and write a plan for the GPUs and the hours you have; or for this CPU.
+"""Choose a model and write a plan for your GPUs and hours, or for this CPU.
 
 python -m scripts.new_plan --gpu rtx4090 --gpus 1 --hours 48 --price 0.4
 python -m scripts.new_plan --gpu h100 --gpus 2 --hours 168 --goal base --name week
@@ -6,9 +6,10 @@ python -m scripts.new_plan --gpu rtx3060 --hours 24 --params 1e8
 python -m scripts.new_plan --gpu cpu --minutes 30
 
 Writes configs/NAME/ and prints memory, hours, disk, money and the expected loss. It never
-overwrites a folder and refuses the name of another run. --goal code needs a login to the hub.
-Run the plan with `python -m scripts.pipeline --plan configs/NAME/plan.yaml`. docs/new_plan.md has
-the rules and their sources. --gpu cpu first trains for 20 seconds to measure this machine.
+overwrites a folder, and --name must not be the name of another run. --goal code needs a login to
+the hub. Run the plan with `python -m scripts.pipeline --plan configs/NAME/plan.yaml`.
+docs/new_plan.md has the rules and their sources. With --gpu cpu, it first trains for 20 seconds to
+measure this machine.
 """
 
 import argparse
@@ -43,16 +44,18 @@ STORE = Path("data/store/quickstart")
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--gpu", required=True, help=f"{', '.join(GPUS)}, or cpu: this machine")
-    parser.add_argument("--gpus", type=int_at_least(1), default=1, help="1 to 8 (default: 1)")
+    parser.add_argument(
+        "--gpus", type=int_at_least(1), default=1, help="number of GPUs, 1 to 8 (default: 1)"
+    )
     positive = within(float, above(0))
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--hours", type=positive)
     length.add_argument("--minutes", type=positive)
     parser.add_argument("--goal", choices=GOALS, default="chat", help="default: chat")
-    parser.add_argument("--tokens", type=positive, help="of pretraining; default: chosen")
-    parser.add_argument("--params", type=positive, help="of the model; default: chosen")
-    parser.add_argument("--price", type=within(float, Range(0)), help="of one GPU hour")
-    parser.add_argument("--name", help="of the plan; default: from the other flags")
+    parser.add_argument("--tokens", type=positive, help="pretraining tokens; default: chosen")
+    parser.add_argument("--params", type=positive, help="parameters of the model; default: chosen")
+    parser.add_argument("--price", type=within(float, Range(0)), help="price of one GPU hour")
+    parser.add_argument("--name", help="name of the plan; default: from the other flags")
     args = parser.parse_args()
     with user_errors():
         hours = args.hours or args.minutes / 60
@@ -92,8 +95,8 @@ def _cpu(args: argparse.Namespace, minutes: float, folder: Path, about: str) -> 
     for flag in ("tokens", "params", "price"):
         if getattr(args, flag) is not None:
             raise ValueError(
-                f"--{flag} has no effect with --gpu cpu, whose plans are the quickstart's model at "
-                "other lengths; remove it"
+                f"--{flag} has no effect with --gpu cpu, which trains the quickstart's model; "
+                "remove it"
             )
     if args.gpus > 1:
         raise ValueError(f"--gpus {args.gpus} has no effect with --gpu cpu; remove it")

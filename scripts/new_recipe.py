@@ -1,12 +1,12 @@
-"""Write a starter recipe and training config for your own text.
+"""Write a starter recipe and training config for your text.
 
 python -m scripts.new_recipe --name my_run --text my_texts/
 python -m scripts.new_recipe --name my_run --text my_texts/ my_notes.csv \\
     hf://Salesforce/wikitext:wikitext-2-raw-v1 --minutes 10
 
-Reads the text into data/store/NAME/ and writes configs/data/NAME.yaml and configs/NAME.yaml
-from its amount; the comments in both files give the reasons. Then prints the commands that prepare
-and train. It never overwrites a file. docs/own_data.md lists the accepted files.
+Reads the text into data/store/NAME/ and writes configs/data/NAME.yaml and configs/NAME.yaml,
+sized to the amount of text; comments in both files give the reasons. Then prints the commands that
+prepare the data and train. It never overwrites a file. docs/own_data.md lists the accepted files.
 """
 
 import shlex
@@ -36,11 +36,15 @@ MAX_TOKENS = 100e6  # of each source
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("--name", required=True, help="of the run, its configs and its store")
+    parser.add_argument("--name", required=True, help="name of the run, its configs and its store")
     about = "files, folders, globs, or hub data sets as hf://owner/name:config@revision"
     parser.add_argument("--text", nargs="+", required=True, help=about)
-    parser.add_argument("--text_column", help="of all tables; default: the evident one, printed")
-    parser.add_argument("--split", help="of a hub data set or save_to_disk folder; default: train")
+    parser.add_argument(
+        "--text_column", help="text column of all tables; default: detected and printed"
+    )
+    parser.add_argument(
+        "--split", help="split of a hub data set or save_to_disk folder; default: train"
+    )
     parser.add_argument(
         "--vocab_size",
         type=int_at_least(256 + len(SPECIAL_TOKENS)),
@@ -48,7 +52,10 @@ def main() -> None:
     )
     positive = within(float, above(0))
     parser.add_argument(
-        "--minutes", type=positive, default=3.0, help="of training on 2 CPU cores (default: 3)"
+        "--minutes",
+        type=positive,
+        default=3.0,
+        help="minutes of training on 2 CPU cores (default: 3)",
     )
     about = f"approximate token limit of each source (default: {MAX_TOKENS:g})"
     parser.add_argument("--max_tokens", type=positive, default=MAX_TOKENS, help=about)
@@ -77,13 +84,11 @@ def main() -> None:
 
 
 def _check_new(name: str, store: Path, recipe: Path, config: Path) -> None:
-    """ValueError if the name is not a plain new one. An interrupted call may have begun `store`."""
+    """ValueError if the name is invalid or taken. An interrupted call may have begun `store`."""
     if NAME.fullmatch(name):
         for path in (recipe, config, store / "tokenizer", store / "tokens"):
             if path.exists():
-                raise ValueError(
-                    f"{path} exists, and nothing is overwritten; use another --name or delete it"
-                )
+                raise ValueError(f"{path} already exists; use another --name or delete it")
         if (store / "documents").is_dir():
             return
     check_name(name)

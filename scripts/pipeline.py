@@ -11,11 +11,11 @@ python -m scripts.pipeline --plan configs/plan_1b.yaml --accept "HellaSwag is fi
 python -m scripts.pipeline --plan configs/plan_1b.yaml --branch early --at 150000 --steps 15000
 
 Prints and runs the plan's commands. Run it again to resume: finished stages are skipped. A
-training command that dies restarts from its newest checkpoint, at most `restarts` times, but not
+training command that dies restarts from its newest checkpoint, at most `restarts` times and not
 after two failures in a row at the same step. If a stage's base model has changed, its checkpoint
 folder is renamed to FOLDER.old1 and the stage runs again. --extend moves all later steps. --branch
-decays the learning rate from a checkpoint, in folders beside the run. Exit status 3: a gate said
-no-go.
+decays the learning rate from a checkpoint, in separate folders beside the run. Exit status 3: a
+gate said no-go.
 """
 
 import os
@@ -74,7 +74,7 @@ def main() -> None:
             else:
                 pipeline.run(frozenset(args.redo), frozenset(args.skip))
     if args.accept and pipeline.accept == args.accept:
-        print("\n--accept was not used: no gate had said no-go")
+        print("\n--accept was not used, because no gate said no-go")
     print(f"\nDone in {time.monotonic() - start:.0f} s.")
     if plan.next and not args.branch:
         print("Next:", *plan.next, sep="\n    ")

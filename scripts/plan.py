@@ -39,7 +39,7 @@ def main() -> None:
         "--forecast",
         type=Path,
         metavar="FILE",
-        help="forecast.json of scripts.forecast, for a loss forecast beside Hoffmann's",
+        help="forecast.json of scripts.forecast, for a second loss forecast beside Hoffmann's",
     )
     parser.add_argument(
         "--json", action="store_true", help="print JSON; units: bytes, FLOPs and hours"

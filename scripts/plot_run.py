@@ -2,7 +2,7 @@
 
 python -m scripts.plot_run logs/quickstart
 
-A run with experts also gets routing.png: the load of each expert, and two curves of routing.
+For a mixture of experts, also writes routing.png: the load of each expert and two routing curves.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from evals.report.runs import has_experts, open_runs, plot, plot_routing
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("logs", type=Path, help="the folder that contains metrics.jsonl")
+    parser.add_argument("logs", type=Path, help="folder that contains metrics.jsonl")
     parser.add_argument("--output", type=Path, help="default: loss.png in that folder")
     args = parser.parse_args()
     with user_errors():

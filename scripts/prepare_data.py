@@ -22,7 +22,7 @@ def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the recipe")
     parser.add_argument(
-        "--verify", action="store_true", help="then verify the checksum of every shard"
+        "--verify", action="store_true", help="afterwards verify the checksum of every shard"
     )
     parser.add_argument(
         "--train_tokenizer",
@@ -31,10 +31,10 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", help="recipe overrides: section.key=value")
     args = parser.parse_intermixed_args()
-    # Imports torch; worker processes import this module, and do not need it.
+    # Imported here because it imports torch, which worker processes of this module do not need.
     from training.settings import load_settings
 
-    # Each task has one core, so its tokenizer must not start one thread per core.
+    # Each task has one core, so its tokenizer must not start a thread per core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with user_errors():
         recipe = load_settings(Recipe, args.config, args.overrides)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def show(recipe: Recipe, verify: bool) -> None:
-    """Print the documents and tokens of each source that each step kept or removed."""
+    """Print the documents and tokens of each source that each step keeps or removes."""
     store, reasons = Path(recipe.store), []
     columns = (
         ("documents", 10),

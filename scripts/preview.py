@@ -1,4 +1,4 @@
-"""Show what training will see: the rows of a config, or a file of conversations.
+"""Show the model's input: the packed rows of a config, or a file of conversations.
 
     python -m scripts.preview --config configs/quickstart/base.yaml
     python -m scripts.preview --config configs/quickstart/sft.yaml \\
@@ -7,14 +7,14 @@
         --base_model checkpoints/quickstart/sft
     python -m scripts.preview --rows my_chats.jsonl --base_model checkpoints/quickstart/gold
 
-The config is one of train.py, train_sft.py or train_dpo.py. Its data are read, encoded, truncated
-and packed by the code of training, so the rows are those of a training step. Conversations and
+The config is for train.py, train_sft.py or train_dpo.py. The training code reads, encodes,
+truncates and packs the data, so the rows are exactly those of a training step. Conversations and
 pairs are rendered with the chat template. Tokens with a loss are green; if the output is not a
 terminal or NO_COLOR is set, they are between ⟦ and ⟧. In pretraining every token has a loss. The
 last token of a conversation is only a target, so it does not count as a token of the row.
 
-Prepared conversations, pairs and packing plans are cached where training finds them again; with
---rows nothing is kept. Set any other setting of the config with section.key=value.
+Prepared conversations, pairs and packing plans are cached and reused by training; --rows caches
+nothing. Set any other setting of the config with section.key=value.
 """
 
 import argparse
@@ -53,23 +53,23 @@ from training.settings import load_settings, read_yaml
 
 LOSS, DIM, END = "\033[32m", "\033[2m", "\033[0m"
 MARKS = ("⟦", "⟧")
-NO_LIMIT = 10**6  # tokens of a conversation, if no model states a context
+NO_LIMIT = 10**6  # tokens of a conversation, if no model sets a context
 
 
 class Document(NamedTuple):
     """A document, conversation or answer as training sees it."""
 
     ids: list[int]
-    trained: list[bool]  # whether each token is a target with a loss
+    trained: list[bool]  # True: the token is a target with a loss
 
 
 class Row(NamedTuple):
     """A packed row."""
 
     documents: list[Document]
-    tokens: int  # without padding
+    tokens: int  # number of tokens, without padding
     padding: int
-    targets: int  # with a loss
+    targets: int  # number of targets with a loss
 
 
 class Pair(NamedTuple):
@@ -81,15 +81,15 @@ class Pair(NamedTuple):
 
     @property
     def prompt(self) -> int:
-        """Tokens of the common prompt."""
+        """Return the tokens of the common prompt."""
         return self.chosen.trained.index(True)
 
 
 class Shown(NamedTuple):
-    """How texts are shown."""
+    """Output settings."""
 
     tokenizer: Tokenizer | None  # None: the data have no text
-    characters: int  # of a stretch of text; 0: all
+    characters: int  # maximum of a span of text; 0: all
     ids: bool  # also print token ids
     colour: bool
 
@@ -118,32 +118,32 @@ class Shown(NamedTuple):
         return self._cut(CONTROL.sub("\ufffd", text))
 
     def _cut(self, text: str) -> str:
-        left_out = len(text) - self.characters
-        if not self.characters or left_out <= 0:
+        omitted = len(text) - self.characters
+        if not self.characters or omitted <= 0:
             return text
         head = self.characters * 3 // 4
         tail = self.characters - head
-        return f"{text[:head]} [... {left_out:,} characters ...] {text[-tail:]}"
+        return f"{text[:head]} [... {omitted:,} characters ...] {text[-tail:]}"
 
 
-# ---- batches of training as documents
+# ---- training batches as documents
 
 
-def rows_of(tokens: Tensor, targets: Tensor, doc_ids: Tensor | None, whole: bool) -> list[Row]:
-    """The documents of packed rows, all [B, T]; padding has no target in its document.
+def rows_of(tokens: Tensor, targets: Tensor, doc_ids: Tensor | None, add_last: bool) -> list[Row]:
+    """Split packed rows, all [B, T], into documents; padding is a document without targets.
 
-    whole: append the last target of a document, which is not among the row's tokens.
+    add_last: append the last target of a document, which is not among the row's tokens.
     """
     ids = torch.zeros_like(tokens) if doc_ids is None else doc_ids
-    return [_row(*tensors, whole) for tensors in zip(tokens, targets, ids, strict=True)]
+    return [_row(*tensors, add_last) for tensors in zip(tokens, targets, ids, strict=True)]
 
 
-def _row(tokens: Tensor, targets: Tensor, doc_ids: Tensor, whole: bool) -> Row:
+def _row(tokens: Tensor, targets: Tensor, doc_ids: Tensor, add_last: bool) -> Row:
     lengths = torch.unique_consecutive(doc_ids, return_counts=True)[1].tolist()
     documents, begin = [], 0
     for length in lengths:
         piece = slice(begin, begin + length)
-        document = document_of(tokens[piece], targets[piece], whole)
+        document = document_of(tokens[piece], targets[piece], add_last)
         begin += length
         documents += [document] if any(document.trained) else []
     # Padding is the last document, if that has no target.
@@ -151,17 +151,17 @@ def _row(tokens: Tensor, targets: Tensor, doc_ids: Tensor, whole: bool) -> Row:
     return Row(documents, len(tokens) - padding, padding, int((targets != IGNORE).sum()))
 
 
-def document_of(tokens: Tensor, targets: Tensor, whole: bool) -> Document:
-    """A document's ids and loss mask; targets [n] are the tokens after tokens [n]."""
+def document_of(tokens: Tensor, targets: Tensor, add_last: bool) -> Document:
+    """Return a document's ids and loss mask; targets [n] are the tokens after tokens [n]."""
     ids, has_loss = tokens.tolist(), (targets != IGNORE).tolist()
-    if whole and has_loss[-1]:
+    if add_last and has_loss[-1]:
         return Document([*ids, int(targets[-1])], [False, *has_loss])
-    # The mask of the first token is that of its target, so that a row of one token has a loss.
+    # The first token gets the mask of its target, so that a row of one token has a loss.
     return Document(ids, [has_loss[0], *has_loss[:-1]])
 
 
 def pairs_of(batch: PairBatch, keys: Sequence[PairKey]) -> list[Pair]:
-    """The pairs of a batch: n chosen answers, then n rejected ones."""
+    """Return the pairs of a batch, which has n chosen answers, then n rejected answers."""
     width, documents = batch.tokens.shape[1], []
     for positions in batch.answer_positions[:, 0].tolist():
         row, column = divmod(positions, width)
@@ -176,7 +176,7 @@ def pairs_of(batch: PairBatch, keys: Sequence[PairKey]) -> list[Pair]:
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """A process group of this process alone, which the code of training needs."""
+    """Create a process group of this process only, which the training code needs."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -193,12 +193,12 @@ def pretraining(args: argparse.Namespace, shown: Shown) -> None:
     batch = (data.sequence_length, rows_of_step(run), data.micro_batch_size, run.seed, 0, 1)
     loader = PackedDataLoader(shards, data.mix, *batch, data.packing, data.start_epoch)
     shown = shown._replace(tokenizer=load_tokenizer(folder) if folder else None)
-    show_step(loader, args, shown, loader.describe(run.steps), whole=False)
+    show_step(loader, args, shown, loader.describe(run.steps), add_last=False)
 
 
 def conversations(args: argparse.Namespace, shown: Shown) -> None:
     """Show a step of train_sft.py."""
-    # The config of a stage is in its entry point, which is not in a package.
+    # A stage's config class is in its entry point, which is not in a package.
     kind = import_module("train_sft").SFTConfig
     run = load_settings(kind, args.config, args.overrides, {"init_from": args.base_model})
     chat, folder, _, run = open_base(run, Path(run.chat.cache))
@@ -212,7 +212,7 @@ def conversations(args: argparse.Namespace, shown: Shown) -> None:
         run = replace(run, steps=loader.steps_of_epochs(run.chat.epochs, sources))
     lines = [line for name, source in sources.items() for line in sft.describe(name, source.report)]
     shown = shown._replace(tokenizer=chat.tokenizer)
-    show_step(loader, args, shown, [*lines, *loader.describe(run.steps)], whole=True)
+    show_step(loader, args, shown, [*lines, *loader.describe(run.steps)], add_last=True)
 
 
 def show_step(
@@ -220,31 +220,31 @@ def show_step(
     args: argparse.Namespace,
     shown: Shown,
     lines: Sequence[str],
-    whole: bool,
+    add_last: bool,
 ) -> None:
-    """Print rows of a step, then its counts. whole: of conversations, see rows_of."""
+    """Print rows of a step, then its counts. add_last: for conversations, see rows_of."""
     rows: list[tuple[int, Row]] = []
     for batch in loader.at(args.start).batches:
-        found = rows_of(batch.tokens, batch.targets, batch.doc_ids, whole)
-        rows += zip(batch.rows.tolist(), found, strict=True)
+        batch_rows = rows_of(batch.tokens, batch.targets, batch.doc_ids, add_last)
+        rows += zip(batch.rows.tolist(), batch_rows, strict=True)
     for number, row in rows[: args.count]:
         source = loader.source_of(number)
-        shown.heading(f"\n==== row {number}, source {source}: {_count([row], whole)}")
+        shown.heading(f"\n==== row {number}, source {source}: {_count([row], add_last)}")
         for index, document in enumerate(row.documents, 1):
             size = len(document.ids)
             shown.heading(f"---- document {index} of {len(row.documents)}, {size:,} tokens")
-            shown.document(document, marked=whole)
+            shown.document(document, marked=add_last)
         if row.padding:
             shown.heading(f"---- padding, {row.padding:,} tokens")
     print()
     for line in lines:
         print(line)
-    counts = _count([row for _, row in rows], whole)
+    counts = _count([row for _, row in rows], add_last)
     print(f"step {args.start}: {len(rows):,} rows of {loader.length:,} tokens: {counts}")
 
 
 def _count(rows: Sequence[Row], masked: bool) -> str:
-    """Counts of rows; masked: with the targets that have a loss."""
+    """Format the counts of rows; masked: also count the targets with a loss."""
     documents = sum(len(row.documents) for row in rows)
     tokens, padding, targets = (sum(getattr(row, n) for row in rows) for n in Row._fields[1:])
     text = f"{documents:,} document{'s' * (documents != 1)}, {tokens:,} tokens, {padding:,} padding"
@@ -276,29 +276,29 @@ def preference_pairs(args: argparse.Namespace, shown: Shown) -> None:
     pairs = [pair for names, batch in make() for pair in pairs_of(batch, names)]
     shown = shown._replace(tokenizer=chat.tokenizer)
     for number, pair in enumerate(pairs[: args.count], 1):
-        at = pair.prompt
-        sizes = [len(document.ids) - at for document in (pair.chosen, pair.rejected)]
+        prompt = pair.prompt
+        sizes = [len(document.ids) - prompt for document in (pair.chosen, pair.rejected)]
         shown.heading(
-            f"\n==== pair {number}, source {pair.source}: prompt {at:,} tokens, "
+            f"\n==== pair {number}, source {pair.source}: prompt {prompt:,} tokens, "
             f"chosen {sizes[0]:,}, rejected {sizes[1]:,}"
         )
-        shown.document(Document(pair.chosen.ids[:at], pair.chosen.trained[:at]))
+        shown.document(Document(pair.chosen.ids[:prompt], pair.chosen.trained[:prompt]))
         for title, document in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             shown.heading(f"---- {title}")
-            shown.document(Document(document.ids[at:], document.trained[at:]))
+            shown.document(Document(document.ids[prompt:], document.trained[prompt:]))
     print()
     for name, source in train.items():
         print(*preferences.describe(name, source.report), sep="\n")
     print(*loader.describe(run.steps), sep="\n")
     texts = [b for b in loader.at(args.start).batches if not isinstance(b, PairBatch)]
-    rows = [row for b in texts for row in rows_of(b.tokens, b.targets, b.doc_ids, whole=False)]
+    rows = [row for b in texts for row in rows_of(b.tokens, b.targets, b.doc_ids, add_last=False)]
     text = f"; text: {_count(rows, masked=False)}" if rows else ""
     documents = [document for pair in pairs for document in (pair.chosen, pair.rejected)]
     print(f"step {args.start}: {len(keys):,} pairs: {_loss(documents)}{text}")
 
 
 def file_of_conversations(args: argparse.Namespace, shown: Shown) -> None:
-    """Show the conversations of a file in its order, encoded as train_sft.py does."""
+    """Show the conversations of a file in order, encoded as in train_sft.py."""
     base = resolve_checkpoint(args.base_model)
     has_model = (base / "config.json").is_file()
     context = read_hf_config(base).max_position_embeddings if has_model else NO_LIMIT
@@ -309,7 +309,7 @@ def file_of_conversations(args: argparse.Namespace, shown: Shown) -> None:
             {"rows": sft.ChatSource(args.rows, args.format)},
             cache=scratch,
             val_fraction=0.0,
-            max_bad=1 - 1e-9,  # all but a file without a single conversation
+            max_bad=1 - 1e-9,  # excludes a file without any conversation
         )
         try:
             prepared = sft.prepare(config, ["rows"], folder, length)["rows"]
@@ -338,7 +338,7 @@ def file_of_conversations(args: argparse.Namespace, shown: Shown) -> None:
 
 
 def preview(args: argparse.Namespace) -> None:
-    """Show what the flags ask for."""
+    """Show the rows of --config or the file of --rows."""
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     shown = Shown(None, args.characters, args.ids, colour)
     if args.rows:
@@ -404,7 +404,7 @@ def parser() -> argparse.ArgumentParser:
         "--characters",
         type=int_at_least(0),
         default=1000,
-        help="shorten longer stretches of text; 0 shows all (default: %(default)s)",
+        help="characters after which text is shortened; 0: never (default: %(default)s)",
     )
     flags.add_argument("--ids", action="store_true", help="also print the token ids")
     flags.add_argument(

@@ -55,7 +55,9 @@ def parser() -> CommandParser:
     """Return the parser of the flags."""
     flags = CommandParser(__doc__)
     flags.add_argument("--checkpoint", required=True, help="a step or phase folder")
-    flags.add_argument("--gguf", nargs="+", type=Path, default=[], help="its GGUF files")
+    flags.add_argument(
+        "--gguf", nargs="+", type=Path, default=[], help="GGUF files of the checkpoint"
+    )
     flags.add_argument("--repo", required=True, help="owner/name of the model repository")
     flags.add_argument(
         "--private",
@@ -94,7 +96,7 @@ def main() -> None:
             raise ValueError(f"{folder} is damaged ({damage}); restore it from a copy")
         ggufs, template = gguf_files(args.gguf, folder), template_of(folder)
         files |= ggufs
-        if ggufs and is_our_template(template):  # what Ollama reads in a repository of the hub
+        if ggufs and is_our_template(template):  # files that Ollama reads on the hub
             files["template"] = OLLAMA_TEMPLATE
             files["params"] = json.dumps({"stop": STOPS, **SAMPLING}, indent=2) + "\n"
         if (folder / CARD).is_file():

@@ -6,12 +6,12 @@ python -m scripts.launch --nproc_per_node=2 -m scripts.run_evals \\
 python -m scripts.run_evals --checkpoint my_run/step_50000 --suite milestone \\
     --gates configs/plan_1b.yaml
 
-A suite is configs/evals/<suite>.yaml: names of evaluations, each with its flags. --suite also takes
-the file of an evaluation of your own (docs/own_evaluation.md), and so does a suite. Run the same
-command again to resume a killed suite; current results are reused. The checkpoint is only read,
-so training may continue meanwhile. An evaluation that fails is reported, and the others continue;
-a gate on it is a no-go. A gate with `against` compares with the results of that stage's newest
-checkpoint under results/. Exit status 3: a gate says no-go.
+A suite is configs/evals/<suite>.yaml: names of evaluations, each with its flags. --suite also
+accepts the file of your own evaluation (docs/own_evaluation.md), and a suite may list such files.
+Run the same command again to resume a killed suite; current results are reused. The checkpoint is
+only read, so training may continue meanwhile. An evaluation that fails is reported, and the others
+continue; a gate on it is a no-go. A gate with `against` compares with the results of that stage's
+newest checkpoint under results/. Exit status 3: a gate says no-go.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
         parsed = {
             name: parse(name, flags, args, data.get(name)) for name, flags in suite.evals.items()
         }
-        # The results of an evaluation of that name are in <name>.json.
+        # An evaluation of the same name writes its results to <name>.json.
         name = f"{path.stem}.suite" if path.stem in parsed else path.stem
         output = output_path(args.output, args.checkpoint, name)
         summary = run(name, parsed, args, output, rank, world)

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 scripts/test_fsdp.py
 
-Each rank also trains the model alone in plain PyTorch (no FSDP, one backward, mean over all
+Each rank also trains the full model in plain PyTorch (no FSDP, one backward, mean over all
 targets). Loss, gradient norm and every weight must agree after each step: for zero2, zero3, ddp
 and, with four or more ranks, HSDP; with and without gradient accumulation; with AdamW and Muon; and
 for a mixture of experts, gathered or divided among the ranks.
@@ -39,16 +39,16 @@ MODEL = ModelConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
-# Without router losses, which plain training lacks.
+# Without router losses, which the plain training omits.
 MIXTURE = replace(MODEL, kind="moe", moe=MoEConfig(experts=8, balance="none", z_weight=0.0))
 STEPS, ROWS, LENGTH, TOLERANCE = 4, 8, 48, 2e-5
-ROUGH = (1e-2, 1e-2, 1e-3)  # bf16: loss, gradient norm, weights
+ROUGH = (1e-2, 1e-2, 1e-3)  # bounds in bf16: loss, gradient norm, weights
 
 
 def global_batch(step: int) -> Batch:
     """Return [ROWS, LENGTH] random tokens with documents and unevenly ignored targets.
 
-    On such a batch a mean of micro-batch means is wrong.
+    On such a batch, a mean of micro-batch means differs from the mean.
     """
     generator = torch.Generator().manual_seed(step)
     text = torch.randint(MODEL.vocab_size, (ROWS, LENGTH + 1), generator=generator)
@@ -179,7 +179,7 @@ def compare(device: torch.device) -> bool:
         check(parallel, ROWS // world, f"{name}, muon", (TOLERANCE,) * 3, muon, MIXTURE)
     cuda = device.type == "cuda"
     for keep in ("none", "selective", "full"):
-        # On a CPU compile only one of them, to save time.
+        # On a CPU, compile only one of them to save time.
         compiled = cuda or (keep == "selective" and shutil.which("g++") is not None)
         parallel = ParallelConfig(dtype="bfloat16", activation_checkpointing=keep, compile=compiled)
         mode = "compiled" if compiled else "eager"
@@ -189,9 +189,9 @@ def compare(device: torch.device) -> bool:
 
 
 def distance(a: torch.Tensor, b: torch.Tensor, dtype: str) -> float:
-    """Return the largest difference of two weights; for bf16 the root mean square difference.
+    """Return the largest difference of two weights; for bf16, the root mean square difference.
 
-    In bf16 rounding flips the sign of single Adam updates.
+    In bf16, rounding flips the sign of individual Adam updates.
     """
     error = a.float() - b.float()
     return float(error.abs().max() if dtype == "float32" else error.square().mean().sqrt())

@@ -37,10 +37,12 @@ def main() -> None:
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     add_boolean(parser, "--raw", "continue the prompt as plain text, even with a chat model")
     parser.add_argument(
-        "--max_new_tokens", type=int_at_least(1), help="default: 60; 512 for a chat reply"
+        "--max_new_tokens",
+        type=int_at_least(1),
+        help="token limit (default: 60; 512 for a chat reply)",
     )
     parser.add_argument(
-        "--stop", nargs="+", default=[], help="stop strings of a plain continuation"
+        "--stop", nargs="+", default=[], help="stop strings of a plain-text continuation"
     )
     add_flags(parser)
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Make a mixture of experts from a dense checkpoint: sparse upcycling (arXiv:2212.05055).
+"""Convert a dense checkpoint to a mixture of experts: sparse upcycling (arXiv:2212.05055).
 
 python -m scripts.upcycle --checkpoint checkpoints/quickstart/base \\
     --output_dir checkpoints/upcycled/base --experts 8 --top_k 2
 
 Each expert is a copy of the dense feed-forward network. The weights of a token's experts add up to
-1, so without --noise the new model computes what the dense one does. Training continues it with
+1, so without --noise the new model computes the same function as the dense model. To train it, use
 init_from=<output_dir> and the model settings that this command prints.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
         "--experts", type=int_at_least(1), default=8, help="experts per layer (default: 8)"
     )
     parser.add_argument(
-        "--top_k", type=int_at_least(1), default=2, help="experts of a token (default: 2)"
+        "--top_k", type=int_at_least(1), default=2, help="experts per token (default: 2)"
     )
     parser.add_argument(
         "--noise",
@@ -89,7 +89,7 @@ def open_dense(folder: Path, output: Path, top_k: int) -> NanoLlama:
     check_model_folder(folder)
     model = load_hf(folder, dtype=None)
     if model.config.kind == "moe":
-        raise ValueError(f"{folder} is a mixture of experts already; give a dense checkpoint")
+        raise ValueError(f"{folder} is already a mixture of experts; give a dense checkpoint")
     return model
 
 
@@ -112,14 +112,14 @@ def upcycle(
                 copy.add_((std * torch.randn(copy.shape, generator=generator)).to(copy.dtype))
         weights[f"{prefix}.mlp.experts.{projection.removesuffix('.weight')}"] = copies
     for layer in range(config.num_hidden_layers):
-        # Small random scores: equal ones would send all tokens to the same experts.
+        # Small random scores, because equal scores would send all tokens to the same experts.
         router = router_std * torch.randn(experts, config.hidden_size, generator=generator)
         weights[f"layers.{layer}.mlp.router.weight"] = router.to(dense.norm.weight.dtype)
     return weights
 
 
 def save(output: Path, source: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
-    """Write the mixture with the source's tokenizer and chat files; an interrupted one leaves none.
+    """Write the mixture with the source's tokenizer and chat files; atomic.
 
     output: a new or empty folder.
     """

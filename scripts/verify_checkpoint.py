@@ -4,9 +4,8 @@ python -m scripts.verify_checkpoint checkpoints/quickstart    # a run, a phase o
 python -m scripts.verify_checkpoint checkpoints/quickstart/long_context --model
 python -m scripts.verify_checkpoint my_run/step_2000 --against my_other_run/step_2000
 
---model also checks rope theta, YaRN and the document mask; --against compares two checkpoints
-bitwise.
-Exit status 1 if a checkpoint is damaged, wrong or different.
+--model also checks rope theta, YaRN and the document mask. --against compares two checkpoints
+bitwise. Exit status 1 if a checkpoint is damaged, wrong or different.
 """
 
 import json
@@ -31,7 +30,7 @@ from training.checkpoint_files import (
 )
 from training.safe_pickle import SafeReader, load, read_index
 
-ReadEntry = Callable[[str], object]  # name -> tensor or other entry of a checkpoint
+ReadEntry = Callable[[str], object]  # entry name -> tensor or other value of a checkpoint
 
 
 def main() -> None:

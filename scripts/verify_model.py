@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int_at_least(1), default=100)
     add_device(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args()  # overrides may appear between flags
+    args = parser.parse_intermixed_args()  # overrides may come between flags
     with user_errors():
         run = load(args.config, args.overrides)
         model = NanoLlama(run.model, seed=run.seed).to(args.device)
@@ -37,7 +37,7 @@ def main() -> None:
 def overfit(model: NanoLlama, run, steps: int) -> float:
     """Train on one batch of random tokens, at most [4, 64]; return the last loss.
 
-    The rows start with different tokens, which makes every next token predictable.
+    The rows start with different tokens, so every next token is predictable.
     """
     optimizer = build_optimizer(model, run.optim)
     generator = torch.Generator().manual_seed(run.seed)

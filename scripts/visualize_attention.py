@@ -1,4 +1,4 @@
-"""Plot a model's attention: weights by distance per layer, attention sink, maps of single heads.
+"""Plot a model's attention: weights by distance per layer, attention sink, maps per head.
 
 python -m scripts.visualize_attention --checkpoint checkpoints/quickstart/dpo --input_length 1024
 
@@ -55,7 +55,7 @@ def attention_statistics(
 def _head_statistics(
     attention: GroupedQueryAttention, x: Tensor, cos: Tensor, sin: Tensor, size: int, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return profile, sink and maps of one layer's heads; x: its normed input [1, T, D]."""
+    """Return profile, sink and maps of one layer's heads; x: its normalized input [1, T, D]."""
     length = x.shape[1]
     q, k = (
         proj(x).view(length, -1, attention.head_dim)
@@ -157,7 +157,7 @@ def plot(
 def tokens_of(checkpoint: Path, text: Path | None, length: int) -> Tensor:
     """Return bos, if the model has one, and the first tokens of a text: `length` in total.
 
-    text: default: modules of Python's library. Raises ValueError if the text is too short.
+    text: default: modules of Python's library. ValueError if the text is too short.
     """
     if text is not None and not text.is_file():
         raise ValueError(f"--text {text} does not exist")

@@ -1,4 +1,4 @@
-"""Watch a run from another process; send an alert when it makes no more steps (killed, hung).
+"""Watch a run from another process; send an alert when it makes no progress (killed or hung).
 
 python -m scripts.watch logs/quickstart --stale 600
 
@@ -28,7 +28,7 @@ def main() -> None:
         "--stale",
         type=within(float, above(0)),
         default=600,
-        help="seconds without a step; longer than validation and saving",
+        help="seconds without a step before an alert; more than validation and saving take",
     )
     parser.add_argument(
         "--alert",

@@ -5,11 +5,11 @@ python -m scripts.write_bin --store data/store/quickstart --output_dir data/quic
     --mix wikipedia=0.5 factbook=0.25 code=0.25 --max_document 256
 
 Shuffles the documents of all sources together; each occurs once. --mix selects sources and sets
-their shares of the training tokens: larger sources are reduced until the scarcest one has its
-share. --max_document cuts longer training documents into pieces and shuffles these, too; otherwise,
-long documents fill a small batch. The validation split has all held-out documents of
-the selected sources, uncut. The result is a function of the store and the flags alone. Existing
-shards of the same name are replaced.
+their shares of the training tokens: larger sources are reduced until the scarcest source has its
+share. --max_document cuts longer training documents into pieces and shuffles the pieces, because a
+long document could fill a small batch. The validation split has all held-out documents of the
+selected sources, uncut. The result depends only on the store and the flags. Existing shards of the
+same name are replaced.
 """
 
 import argparse
@@ -41,11 +41,13 @@ def main() -> None:
     parser.add_argument(
         "--max_document",
         type=int_at_least(2),
-        help="tokens of a piece of a training document, with its bos token; default: uncut",
+        help="cut training documents into pieces of this many tokens, with bos; default: uncut",
     )
     parser.add_argument("--name", help="prefix of the files; default: the store's name")
     parser.add_argument("--shard_tokens", type=int_at_least(1), default=SHARD_TOKENS)
-    parser.add_argument("--seed", type=int_at_least(0), default=0, help="of the order of documents")
+    parser.add_argument(
+        "--seed", type=int_at_least(0), default=0, help="seed of the document order"
+    )
     args = parser.parse_args()
     with user_errors():
         counts = write_bin_store(
@@ -58,8 +60,8 @@ def main() -> None:
             args.max_document,
         )
         for split, (tokens, pieces) in counts.items():
-            of = "pieces of documents" if args.max_document and split == "train" else "documents"
-            print(f"{split:>5} {tokens:>14,} tokens in {pieces:,} {of}")
+            unit = "pieces of documents" if args.max_document and split == "train" else "documents"
+            print(f"{split:>5} {tokens:>14,} tokens in {pieces:,} {unit}")
         vocab_size, bos = _vocabulary(args.store)
         print(f"wrote {args.output_dir}; vocabulary of {vocab_size:,} tokens, bos id {bos}")
 
@@ -73,11 +75,11 @@ def write_bin_store(
     seed: int = 0,
     max_document: int | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Write <output>/<name>_{train,val}_NNNNNN.bin and tokenizer/; tokens and pieces by split.
+    """Write <output>/<name>_{train,val}_NNNNNN.bin and tokenizer/.
 
-    A piece is a document, or a part of one if max_document is set.
-
-    ValueError if the vocabulary exceeds uint16, a source is missing or a split has no document.
+    Returns split -> (tokens, pieces). A piece is a document, or part of a document if max_document
+    is set. ValueError if the vocabulary exceeds uint16, a source is missing or a split has no
+    document.
     """
     vocab_size, bos = _vocabulary(store)
     if vocab_size > 1 << 16:
@@ -110,7 +112,7 @@ def write_bin_store(
             writer.add(np.concatenate([[bos], text]) if piece.needs_bos else text)
         writer.close()
         for path in sorted(output.glob(f"{name}_{split}_*.bin")):
-            if path >= writer.path_of(writer.shard):  # of an earlier call
+            if path >= writer.path_of(writer.shard):  # left by an earlier call
                 path.unlink()
         tokens = sum(piece.stop - piece.start + piece.needs_bos for piece in pieces)
         counts[split] = (tokens, len(pieces))
@@ -119,12 +121,12 @@ def write_bin_store(
 
 
 class Piece(NamedTuple):
-    """A document, or a part of one, in the stream of a source's split."""
+    """A document, or part of a document, in the stream of a source's split."""
 
     source: str
     start: int  # position of its first token
     stop: int
-    needs_bos: bool  # it begins within a document
+    needs_bos: bool  # True if it begins within a document
 
 
 def _shuffled_pieces(
@@ -134,7 +136,7 @@ def _shuffled_pieces(
     rng: np.random.Generator,
 ) -> list[Piece]:
     """Select documents, cut those longer than max_document, and shuffle the pieces."""
-    # Tokens of the mixture at which the scarcest source is used up
+    # Tokens of the mixture at which the scarcest source is exhausted.
     total = min(len(source) / mix[name] for name, source in sources.items()) if mix else np.inf
     pieces = []
     for name, source in sources.items():
@@ -153,7 +155,7 @@ def _shuffled_pieces(
 
 
 def _vocabulary(store: Path) -> tuple[int, int]:
-    """Vocabulary size and bos id of a store's tokenizer."""
+    """Return vocabulary size and bos id of a store's tokenizer."""
     tokenizer = load_tokenizer(store / "tokenizer")
     return vocabulary_size(tokenizer), document_tokens(store / "tokenizer", tokenizer).first
 

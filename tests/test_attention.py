@@ -331,7 +331,7 @@ def test_the_kernel_that_is_chosen_and_the_sentence_where_there_is_none(monkeypa
         ("flex", CPU, fp32, "attention=flex trains on an NVIDIA GPU only"),
         ("varlen", cuda, fp32, "computes in bfloat16 only, not float32"),
         ("blocks", cuda, bf16, "attention=blocks runs on a CPU only, not on cuda"),
-        ("sdpa", cuda, bf16, "would build the scores of all pairs"),
+        ("sdpa", cuda, bf16, "would store a score for each pair"),
         ("flash", cuda, bf16, "needs the package flash_attn"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -175,7 +175,7 @@ def test_a_store_becomes_shards(text_store, tmp_path):
 
 def test_a_mixture_has_its_shares(text_store, tmp_path):
     command = [sys.executable, "-m", "scripts.write_bin", "--store", str(text_store)]
-    command += ["--output", str(tmp_path / "mixed"), "--name", "m", "--mix"]
+    command += ["--output_dir", str(tmp_path / "mixed"), "--name", "m", "--mix"]
     done = forked.run([*command, "first=3", "second=1"])
     assert done.returncode == 0 and "vocabulary of 384 tokens, bos id 0" in done.stdout, done.stderr
     shards = BinShards(tmp_path / "mixed" / "m_train_*.bin", VOCAB, 0)
@@ -243,7 +243,7 @@ def test_text_files_become_gpt2_shards(fineweb, gpt2, tmp_path, capsys, monkeypa
     folder, texts = fineweb
     stream = [token for text in texts for token in (50256, *gpt2.encode_ordinary(text))]
     command = [sys.executable, "data/fineweb.py", "--documents", str(folder / "sample" / "10BT")]
-    command += ["--output", str(tmp_path / "out"), "--shard_size", "20000"]
+    command += ["--output_dir", str(tmp_path / "out"), "--shard_size", "20000"]
     done = forked.run(command)
     assert done.returncode == 0, done.stderr
     assert "skipped 1 rows (no text)" in done.stderr
@@ -310,7 +310,7 @@ def test_shards_are_downloaded_and_verified(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}')
     output = tmp_path / "out"
     (output / "tokenizer").mkdir(parents=True)  # its wheel is not needed here
-    command = [sys.executable, "data/cached_fineweb10B.py", "--output", str(output)]
+    command = [sys.executable, "data/cached_fineweb10B.py", "--output_dir", str(output)]
 
     def run(shards, endpoint="http://127.0.0.1:9", offline="0"):
         hub = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline, "NO_PROXY": "127.0.0.1"}

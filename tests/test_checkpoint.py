@@ -432,7 +432,7 @@ def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsy
     assert not has_state(best) and find_damage(best) is None
     assert load_hf(best).config.vocab_size == state.model.config.vocab_size
     with pytest.raises(
-        ValueError, match="has no state/ to resume from; load its weights only with init_from="
+        ValueError, match="has no state/ to resume from; load only its weights with init_from="
     ):
         load_state(best, state)
     (best / "state").mkdir()  # as after a kill during the removal of state/

@@ -216,7 +216,8 @@ def test_everything_is_gathered_and_a_second_run_changes_nothing(work, gather):
 
 
 def test_a_small_plan_keeps_its_deliverables_in_the_folder_of_its_report(work, gather):
-    plan = Path("plan.yaml").read_text().replace("--output results", "--output results/tiny")
+    plan = Path("plan.yaml").read_text()
+    plan = re.sub(r"(--output(?:_dir)?\s+)results", r"\1results/tiny", plan)
     Path("plan.yaml").write_text(plan)
     for path in [path for path in Path("results").iterdir() if path.is_file()]:
         path.rename(Path("results/tiny") / path.name)

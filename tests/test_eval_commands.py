@@ -139,7 +139,7 @@ def test_forward_flops_and_hours(tmp_path):
         "text": command.format(
             "scripts.launch --nproc_per_node=2 -m evals.eval_perplexity", "--tokens 6400"
         ),
-        "sums": command.format("evals.eval_gsm8k", "--shots 0 --limit 10 --max_tokens 100"),
+        "sums": command.format("evals.eval_gsm8k", "--shots 0 --limit 10 --max_new_tokens 100"),
         "own": "python mystery.py {checkpoint} {output}",
     }
     plan = one_phase(

@@ -484,7 +484,7 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
         "model.safetensors": b"",
     }
     messages = {name: f"{name} is damaged" for name in damaged} | {
-        "model.safetensors": "the weights have only 0 bytes"
+        "model.safetensors": "the weight files have only 0 bytes"
     }
     for name, content in damaged.items():
         shutil.copytree(checkpoint, tmp_path / name)

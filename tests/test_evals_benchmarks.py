@@ -580,7 +580,7 @@ def test_a_suite_runs_code_only_with_its_flag(model, checkpoint, tmp_path):
     )
     assert "allow that with --run_code" in measured["not_measured"] and not list(tmp_path.iterdir())
     lm_eval_results.run_code, lm_eval_results.limit = True, 1
-    args = suite.parse("code", "--max_tokens 4 --tasks humaneval", lm_eval_results, None)
+    args = suite.parse("code", "--max_new_tokens 4 --tasks humaneval", lm_eval_results, None)
     measured = suite.measure("code", args, model, tmp_path / "code.json")
     assert measured["metrics"]["humaneval_pass@1"]["value"] == 0.0 and measured["judge"].startswith(
         "sandbox, 3 s of CPU time"

@@ -158,7 +158,7 @@ def test_a_path_named_like_a_known_source_is_pointed_out(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert list(download._names("code")) == ["code"]
     assert (
-        "note: code means the data set of that name; use ./code for the path"
+        "note: code is read as the data set of that name; use ./code for the path"
         in capsys.readouterr().err
     )
 

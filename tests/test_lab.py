@@ -107,7 +107,9 @@ def test_a_paired_difference_is_that_of_scipy():
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
     single = paired_difference({0: 1.0}, {0: 2.0})
     assert (
-        single is not None and single.p is None and "cannot be told from noise" in judgement(single)
+        single is not None
+        and single.p is None
+        and "cannot be distinguished from noise" in judgement(single)
     )
     same = paired_difference(one, one)
     assert same is not None and same.p == 1 and "same values" in judgement(same)
@@ -237,7 +239,7 @@ def test_a_plan_runs_in_its_own_folder_with_the_changes_of_its_variant(tmp_path)
         "name: p\nranks: 1\n"
         f"phases: [{{config: {ROOT}/configs/quickstart/base.yaml}}]\n"
         "stages:\n- name: sft\n  output_dir: checkpoints/q/sft\n  commands:\n"
-        "    Data: python -m scripts.generate_chat_data --output x\n"
+        "    Data: python -m scripts.generate_chat_data --output_dir x\n"
         "    SFT: python train_sft.py --config c.yaml --base_model {checkpoint}\n"
     )
     variants = {"a": None, "b": ["optim.lr=1e-3", "base:optim.beta1=0.8", "sft:chat.epochs=2"]}
@@ -247,7 +249,7 @@ def test_a_plan_runs_in_its_own_folder_with_the_changes_of_its_variant(tmp_path)
     base = trial.files["base.yaml"]
     assert (base["seed"], base["optim"]["lr"], base["optim"]["beta1"]) == (7, "1e-3", 0.8)
     data, sft = trial.files["plan.yaml"]["stages"][0]["commands"].values()
-    assert data.endswith("--output x") and sft.endswith("chat.epochs=2 seed=7")
+    assert data.endswith("--output_dir x") and sft.endswith("chat.epochs=2 seed=7")
     assert trial.files["plan.yaml"]["phases"] == [{"config": "base.yaml"}]
     assert trial.working_folder == trial.folder and trial.checkpoints.parent == trial.folder
     unknown = write(tmp_path, **{**yaml.safe_load(path.read_text()), "overrides": ["dpo:seed=1"]})

@@ -239,7 +239,7 @@ def test_what_others_save_and_we_lack_is_named(folder):
     content = config_json(folder)
     del content["nanollama_moe"], content["num_local_experts"]
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match="num_local_experts is missing; it is a whole number"):
+    with pytest.raises(ValueError, match="num_local_experts is missing; it must be a whole number"):
         load_hf(folder)
     change_config(folder, num_local_experts=4, num_experts_per_tok=1)
     with pytest.raises(ValueError, match="Mixtral with num_experts_per_tok=1 is not supported"):
@@ -255,11 +255,11 @@ def test_wrong_weights_end_in_one_sentence(folder):
     expert = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
     renamed = {name.replace("w2.weight", "w4.weight"): value for name, value in weights.items()}
     cases = {
-        "down_proj: an expert is missing or has another dtype or shape": {
+        "down_proj: an expert is missing or differs in dtype or shape": {
             name: value for name, value in weights.items() if name != expert
         },
-        "an expert is missing or has another dtype": {**weights, expert: weights[expert][:, :3]},
-        "differ in 2 weights, among them layers.0.mlp.experts.down_proj": renamed,
+        "an expert is missing or differs in dtype": {**weights, expert: weights[expert][:, :3]},
+        "differ in 2 weights, e.g. layers.0.mlp.experts.down_proj": renamed,
         r"mlp.router.weight is \(3, 64\) in .* but \(4, 64\) in the model": {
             **weights,
             "model.layers.0.block_sparse_moe.gate.weight": torch.zeros(3, 64),

@@ -232,7 +232,7 @@ def speedrun(text_store, tmp_path_factory):
     write_bin_store(text_store, folder, "text")
     sizes = "vocab_size=384 hidden_size=32 num_hidden_layers=2 num_attention_heads=2"
     command = ["--config", str(ROOT / "configs/moe/speedrun_muon.yaml"), "--steps", "8"]
-    command += ["--experiment_name", "muon", "--enable_profiling"]
+    command += ["--name", "muon", "--profile"]
     command += [f"model.{size}" for size in sizes.split()]
     command += ["model.max_position_embeddings=32", "data.sequence_length=32", "data.bos_token=0"]
     command += ["data.tokens_per_step=128", "data.micro_batch_size=4", "validation.tokens=256"]

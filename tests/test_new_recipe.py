@@ -111,7 +111,7 @@ def test_from_a_folder_to_shards_and_a_config_that_trains_on_them(run, tmp_path)
     assert report["val_tokens"] > config.validation.rows * config.data.sequence_length
     written = recipe_path.read_text(), config_path.read_text()
     message = run("--name", "mine", "--text", "my texts", fails=True)
-    assert "configs/data/mine.yaml exists, and nothing is overwritten; use another" in message
+    assert "configs/data/mine.yaml already exists; use another" in message
     assert (recipe_path.read_text(), config_path.read_text()) == written
 
 

@@ -128,7 +128,7 @@ def test_config_json_is_read_in_all_spellings():
         ({**section, "truncate": False}, "does not support this model's truncate"),
         ({**section, "mscale": 1.0, "mscale_all_dim": 0.7}, "this model's mscale"),
         ({"partial_rotary_factor": 0.5}, "this model's partial_rotary_factor"),
-        ({"rope_type": "yarn"}, "lacks the factor of YaRN"),
+        ({"rope_type": "yarn"}, "must have a factor for YaRN"),
         ({**section, "factor": "4"}, "rope_scaling.factor='4' must be a finite number"),
         ({**section, "factor": 0.5}, "rope_scaling.factor=0.5 must be at least 1"),
         ({**section, "factor": [4]}, "must be a finite number"),

@@ -412,7 +412,7 @@ def test_other_commands_refuse_the_model(main, flags, trained, tmp_path, capsys,
     before = contents(trained)
     step = trained / "checkpoints" / f"step_{STEPS}"
     message = complaint_of(main, [*flags, step], capsys, monkeypatch)
-    assert "this is a model of the speedrun, which train_gpt.py resumes" in message
+    assert "the model is a SpeedrunGPT, which only train_gpt.py reads" in message
     assert contents(trained) == before
 
 

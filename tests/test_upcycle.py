@@ -115,7 +115,7 @@ def test_a_chat_model_keeps_its_template_and_its_chat_settings(dense, tmp_path):
         (("--experts", "many"), "--experts: invalid"),
         (("--output_dir", "{dense}"), "exists and is not empty; give a new folder"),
         (("--checkpoint", "{dense}/none"), "is not a checkpoint"),
-        (("--checkpoint", "{mixture}"), "is a mixture of experts already; give a dense checkpoint"),
+        (("--checkpoint", "{mixture}"), "is already a mixture of experts; give a dense checkpoint"),
     ],
 )
 def test_mistakes_end_in_one_sentence(flags, words, dense, mixture, tmp_path, monkeypatch, capsys):

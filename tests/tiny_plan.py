@@ -54,12 +54,12 @@ AFTER = (
     "scripts.visualize_attention --checkpoint {checkpoint} --input_length 64 "
     "--output results/attention_visualizations.png --device cpu",
     "scripts.export_gguf --checkpoint {checkpoint} --outtype f16,q8_0 "
-    "--outfile gguf/tiny-{{outtype}}.gguf",
+    "--output gguf/tiny-{{outtype}}.gguf",
     "scripts.check_gguf --checkpoint {checkpoint} --gguf gguf/tiny-f16.gguf gguf/tiny-q8_0.gguf "
     "--tokens 200 --strings 50 --threads 1",
     "evals.report --checkpoint {checkpoint} --name tiny --plan plan.yaml --logs logs/tiny "
     "--results results/tiny --contaminated store/contaminated_ids.json --max_new_tokens 2 "
-    "--device cpu --output results",
+    "--device cpu --output_dir results",
 )
 
 
@@ -231,7 +231,9 @@ def evaluated() -> None:
     """Run plan_1b's suite on the DPO model with one item each; write the decision."""
     data = {**rows_of_benchmarks(Path("rows")), "perplexity": "store"}
     suite = open_suite("aligned")[0].evals
-    short = {name: f"{suite[name]} --max_tokens 8" for name in ("gsm8k", "tool_use", "mt_bench")}
+    short = {
+        name: f"{suite[name]} --max_new_tokens 8" for name in ("gsm8k", "tool_use", "mt_bench")
+    }
     put("aligned.yaml", {"evals": {**suite, **short, "perplexity": "--sequence_length 64"}})
     data_flags = " ".join(f"{name}={path}" for name, path in data.items())
     flags = f"--checkpoint {DPO} --suite aligned.yaml --output results/tiny/dpo/aligned.json"

@@ -10,14 +10,14 @@ from training.shard_layout import local
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW with two options; with their defaults it is torch's, bit for bit.
+    """torch's fused AdamW with two options; with the defaults, bit-identical to torch's.
 
-    cautious: weight decay applies only to elements that the update also moves towards zero
+    cautious: decay only elements that the update also moves towards zero
     (arXiv:2510.12402). every: step() sums the gradients, and each `every`-th call updates the
-    parameters with the sum. The sums and their count are in the state, so that a checkpoint
+    parameters with the sum. The sums and their count are part of the state, so a checkpoint
     between two updates resumes exactly. Groups with "hyperball": True are updated by AdamH
-    (hyperball.py) and have no weight decay. Parameters are plain tensors or DTensors; with DTensors
-    in such a group, step() is collective.
+    (hyperball.py) and have no weight decay. Parameters are plain tensors or DTensors; if such a
+    group has DTensors, step() is collective.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class AdamW(torch.optim.AdamW):
             self.state[p]["summed"].zero_()
 
     def _accumulate(self, parameters: list[Tensor]) -> bool:
-        """Add the gradients to their sums. Returns True if the sums are of `every` steps."""
+        """Add the gradients to their sums. Return True once the sums cover `every` steps."""
         for p in parameters:
             state = self.state[p]
             if not state:  # all keys exist from the first step on, as checkpoints require
@@ -84,19 +84,19 @@ class AdamW(torch.optim.AdamW):
         self.param_groups = groups
 
     def _decay(self, group: dict[str, Any]) -> None:
-        """Decay the weights whose sign is that of the coming first moment, and so of the update."""
+        """Decay the weights that have the sign of the new first moment, the update's sign."""
         for p in group["params"]:
             if p.grad is None or not group["weight_decay"]:
                 continue
-            moment = local(p.grad)  # the sign of the first update's moment
+            moment = local(p.grad)  # for the first update, the gradient has the moment's sign
             if self.state[p]:
                 moment = local(self.state[p]["exp_avg"]).lerp(moment, 1 - group["betas"][0])
             decay_cautiously(local(p), moment, group["lr"] * group["weight_decay"])
 
 
 def decay_cautiously(weight: Tensor, update: Tensor, rate: float) -> None:
-    """Multiply by 1 - rate the weights whose sign is that of their update (arXiv:2510.12402).
+    """Multiply weights that have the sign of their update by 1 - rate (arXiv:2510.12402).
 
-    The update is subtracted later. A weight with an update of 0 decays, too.
+    The caller subtracts the update later. A weight with an update of 0 decays, too.
     """
     weight.mul_(torch.where(weight * update >= 0, 1 - rate, 1.0))

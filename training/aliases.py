@@ -103,9 +103,9 @@ DATA_MIXES = {  # data set of data/corpus/sources.py -> data.mix
 
 
 def renamed(kind: Any, values: dict[str, Any]) -> list[str]:
-    """One clause per unknown key of a config that has another name here.
+    """Return one clause for each unknown key that has another name here.
 
-    kind: the dataclass of the whole config. settings.py handles misspelled keys.
+    kind: the root dataclass of the config. settings.py handles misspelled keys.
     """
     return list(_renamed(kind, kind, values, ""))
 
@@ -135,7 +135,7 @@ def _renamed(root: Any, kind: Any, values: dict[str, Any], prefix: str) -> Itera
 
 
 def new_name(root: Any, key: str) -> str | None:
-    """The setting of config `root` with this other name, or with this name in another section."""
+    """Return the setting of config `root` with this alias, or with this name in another section."""
     settings = dict.fromkeys(_settings(root))
     target = NEW_NAMES.get(plain_name(key))
     if target in settings:
@@ -145,12 +145,12 @@ def new_name(root: Any, key: str) -> str | None:
 
 
 def plain_name(name: str) -> str:
-    """A name normalized for comparison: lower case, with underscores."""
+    """Normalize a name for comparison: lower case, with underscores."""
     return name.lower().replace("-", "_").removesuffix("_validation")
 
 
 def _settings(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the settings and sections of a config's dataclass."""
+    """Yield the dotted names of the settings and sections of a config's dataclass."""
     for name, inner in _fields(kind).items():
         yield f"{prefix}{name}"
         if dataclasses.is_dataclass(inner):

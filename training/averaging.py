@@ -1,6 +1,6 @@
 """Average the weights of checkpoints, tensor by tensor, into a new Hugging Face folder.
 
-At a stable learning rate, the mean of the last checkpoints forecasts what a decay would give
+At a constant learning rate, the mean of the last checkpoints forecasts the result of a decay
 (arXiv:2505.12082, arXiv:2507.17634). Averaging of weights along a run: arXiv:1803.05407.
 """
 
@@ -38,11 +38,11 @@ class Stored(NamedTuple):
 
     file: Any  # the open safetensors file
     shape: tuple[int, ...]
-    dtype: str  # in safetensors' words, such as BF16
+    dtype: str  # safetensors' name, such as BF16
 
 
 def complete_steps(phase: Path, every: int = 1, until: int | None = None) -> list[Path]:
-    """The complete step folders of a phase whose steps are multiples of `every`, up to `until`."""
+    """Return a phase's complete step folders up to `until`, at multiples of `every`."""
     if not phase.is_dir():
         raise ValueError(f"{phase} does not exist; give the folder of a phase, with its step_N")
     return [
@@ -63,10 +63,10 @@ def last_checkpoints(
     until: int | None = None,
     max_distance: int | None = None,
 ) -> list[Path]:
-    """The `last` newest complete step folders of a phase, in order of their steps.
+    """Return the `last` newest complete step folders of a phase, in order of their steps.
 
-    every: only steps that are multiples of it. until: the largest step. max_distance: of
-    neighbours, in steps. ValueError if there are fewer, or if one between them was deleted.
+    every: use only multiples of this step. until: the largest step. max_distance: most steps
+    between neighbours. ValueError if there are fewer, or if one between them was deleted.
     """
     folders = complete_steps(phase, every, until)
     if len(folders) < last:
@@ -112,7 +112,7 @@ def record_of(sources: Sequence[Path], weights: Sequence[float] | None = None) -
 
 
 def _weights(sources: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
-    """One weight per source; equal ones by default. ValueError for another number of them."""
+    """Return one weight per source, equal by default. ValueError if the numbers differ."""
     weights = [1.0] * len(sources) if weights is None else list(weights)
     if len(weights) != len(sources):
         raise ValueError(
@@ -122,7 +122,7 @@ def _weights(sources: Sequence[Path], weights: Sequence[float] | None) -> list[f
 
 
 def _recorded(folder: Path) -> list[dict[str, Any]]:
-    """The sources in the record of an average; [] for another folder or a damaged record."""
+    """Return the sources in an average's record; [] if it has none or the record is damaged."""
     sources = (read_object(folder / RECORD) or {}).get("sources")
     if not isinstance(sources, list):
         return []
@@ -137,7 +137,7 @@ def _recorded(folder: Path) -> list[dict[str, Any]]:
 
 
 def sources_of(folder: Path) -> list[Path]:
-    """The checkpoints that an average was made of; [] for another folder."""
+    """Return the checkpoints of an average; [] if the folder is not an average."""
     return [Path(source["checkpoint"]) for source in _recorded(folder)]
 
 
@@ -149,10 +149,10 @@ def recorded_last(
     until: int | None = None,
     max_distance: int | None = None,
 ) -> list[Path]:
-    """The sources in a folder's record if last_checkpoints() would have chosen them, else [].
+    """Return the sources in a folder's record if last_checkpoints() would choose them, else [].
 
-    Retention may have deleted some of them since. No other checkpoint of the phase may be newer
-    than the first of them.
+    Retention may have deleted some of the sources. No other checkpoint of the phase may be newer
+    than the first source.
     """
     steps = [source["step"] for source in _recorded(folder)]
     if len(steps) != last or not all(
@@ -171,7 +171,7 @@ def recorded_last(
 def difference(
     folder: Path, sources: Sequence[Path], weights: Sequence[float] | None = None
 ) -> str:
-    """Why a folder is not the average of these sources, as a verb phrase; "" if it is.
+    """Return why a folder is not the average of these sources, as a verb phrase; "" if it is.
 
     Compares weights, hashes of the sources on disk, and paths of deleted sources.
     """
@@ -203,7 +203,7 @@ def _in_words(sources: Sequence[Path], weights: Sequence[float]) -> str:
 
 
 def is_made(output: Path, sources: Sequence[Path], weights: Sequence[float] | None = None) -> bool:
-    """Whether a complete folder has this average. ValueError if it has anything else."""
+    """Return True if a folder has this average, complete. ValueError if it has anything else."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if other := difference(output, sources, weights):
@@ -217,13 +217,13 @@ def write_average(record: dict[str, Any], output: Path) -> None:
     """Write the weighted mean of a record's sources to a new or empty folder.
 
     Sums are in float64 and stored in the sources' dtype. Memory: the new model and one tensor.
-    Config, tokenizer and chat template are those of the last source. An interrupted call leaves no
+    Config, tokenizer and chat template come from the last source. An interrupted call leaves no
     folder. ValueError if the sources differ in more than their weights, or are damaged.
     """
     sources = [Path(source["checkpoint"]) for source in record["sources"]]
     weights = [source["weight"] for source in record["sources"]]
     _check_same_model(sources)
-    for source in sources:  # a folder that another program wrote has no manifest
+    for source in sources:  # folders of other programs have no manifest
         if read_manifest(source) and (problem := find_damage(source, with_state=False)):
             raise ValueError(f"{source} is damaged ({problem}); leave it out")
     size = sum(path.stat().st_size for path in weight_files(sources[-1]))
@@ -251,7 +251,7 @@ def write_average(record: dict[str, Any], output: Path) -> None:
 
 
 def _mean(name: str, folders: Sequence[dict[str, Stored]], weights: Sequence[float]) -> Tensor:
-    """The weighted mean of one tensor, in the dtype of the sources."""
+    """Return the weighted mean of one tensor, in the dtype of the sources."""
     total = torch.zeros(folders[0][name].shape, dtype=torch.float64)
     for tensors, weight in zip(folders, weights, strict=True):
         tensor = tensors[name].file.get_tensor(name)
@@ -271,8 +271,8 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Stored]:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
         for name in file.keys():  # noqa: SIM118 - the file is not a mapping
-            part = file.get_slice(name)
-            tensors[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+            header = file.get_slice(name)
+            tensors[name] = Stored(file, tuple(header.get_shape()), header.get_dtype())
     return tensors
 
 

@@ -46,7 +46,7 @@ from training.safe_pickle import load, read_index
 from training.state import State
 
 ROLLED_BACK = ".rolled_back"  # suffix of checkpoints newer than the target of a rollback
-SAVE_TIMEOUT = timedelta(minutes=30)  # for a silent rank; a dead one is noticed at once
+SAVE_TIMEOUT = timedelta(minutes=30)  # to wait for a silent rank; a dead rank is noticed at once
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,20 @@ class CheckpointConfig:
 class Snapshot:
     """The content of one checkpoint, copied at one step."""
 
-    position: dict[str, Any]  # of trainer.json
+    position: dict[str, Any]  # content of trainer.json
     config: AnyConfig
     metric: float | None  # validation loss
     milestone: bool
     weights: dict[str, torch.Tensor]  # unsharded; empty except on rank 0
     tensors: dict[str, Any]  # live tensors of model and optimizer, for their shapes
-    copies: dict[str, torch.Tensor]  # of this rank's shards, by name; empty in a blocking save
+    copies: dict[str, torch.Tensor]  # copies of this rank's shards; empty in a blocking save
 
 
 class Checkpointer:
     """Saves and prunes the step folders of one phase. As a context, it waits for the last save.
 
     dtype: of the exported weights. tokenizer: folder whose files are copied into checkpoints; None
-    for dummy data. config_entries: ids of bos, eos and pad, and other keys of config.json.
+    for dummy data. config_entries: additional keys of config.json, such as the ids of bos and eos.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """Whether the background save failed on this rank. If it did on any, all call wait()."""
+        """True if the background save failed on this rank. If any failed, all ranks call wait()."""
         return self._problem is not None
 
     def wait(self) -> None:
@@ -148,10 +148,11 @@ class Checkpointer:
         """Write `step_N` atomically. metric: validation loss, if measured.
 
         A milestone, or a step of config.milestones, is never pruned. Saving an existing step again
-        keeps its milestone flag, and its metric if none is given.
+        keeps its milestone flag, and its metric unless a new one is given.
 
         A background save returns as soon as all tensors are copied. An OSError (disk full) is
-        raised on every rank, by save() or, for a background save, by wait(). Older folders stay.
+        raised on every rank, by save() or, for a background save, by wait(). Older checkpoints
+        remain.
         """
         self.wait()
         cuda = next(state.model.parameters()).is_cuda
@@ -229,7 +230,7 @@ class Checkpointer:
         write_json(scratch / TRAINER, snapshot.position)
 
     def _clean_up(self) -> None:
-        """Undo the unfinished save of a killed run."""
+        """Remove the unfinished save of a killed run."""
         for replaced in _leftovers(self.folder, ".replaced"):
             if not replaced.with_suffix("").exists():
                 replaced.rename(replaced.with_suffix(""))
@@ -275,7 +276,7 @@ class Checkpointer:
         """Delete checkpoints except the newest, milestones and the best.
 
         A best checkpoint that is neither recent nor a milestone keeps its weights only. `newest`
-        was published right before. Folders without a readable manifest stay.
+        was just published. Folders without a readable manifest are not deleted.
         """
         manifests = {
             path: content for path in step_folders(self.folder) if (content := read_manifest(path))
@@ -315,7 +316,7 @@ class Checkpointer:
             shutil.rmtree(removed, ignore_errors=True)  # files in use are deleted on the next save
 
     def newest(self) -> Path | None:
-        """Collective. The newest complete step folder with state/, or None.
+        """Collective. Return the newest complete step folder with state/, or None.
 
         Damaged folders are renamed to `step_N.damaged`.
         """
@@ -390,7 +391,7 @@ def load_state(folder: Path, state: State) -> dict[str, Any]:
             f"{folder} was saved with another optimizer (optim.name, normuon_beta2, adam_every, "
             f"hyperball); use that one, or load its weights only with init_from={folder}"
         )
-    # Optimizer settings stay those of the config: only moments and counters are loaded.
+    # Load only moments and counters: optimizer settings come from the config.
     settings = [
         {k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups
     ]
@@ -408,7 +409,7 @@ def load_state(folder: Path, state: State) -> dict[str, Any]:
 
 
 def same_tokenizer(path: Path, other: Path) -> bool:
-    """Whether two tokenizer.json encode alike; a chat marker may be special in only one of them."""
+    """Return True if two tokenizer.json encode alike, whether or not chat markers are special."""
     if path.read_bytes() == other.read_bytes():
         return True
     contents = [read_object(file) or {"damaged": str(file)} for file in (path, other)]
@@ -422,7 +423,7 @@ def full_state_dict(
     model: torch.nn.Module,
     copy: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, weight: weight.cpu(),
 ) -> dict[str, torch.Tensor]:
-    """Collective. Unsharded weights by parameter name on rank 0, on the CPU; {} on other ranks.
+    """Collective. Return unsharded weights by name, on rank 0's CPU; {} on other ranks.
 
     copy(name, weight): moves a weight off the device.
     """
@@ -435,12 +436,12 @@ def full_state_dict(
 
 
 def _plain_name(name: str) -> str:
-    """The name of a parameter without those of activation checkpointing and torch.compile."""
+    """Return a parameter name without the prefixes of checkpointing and torch.compile."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _leftovers(folder: Path, suffix: str) -> list[Path]:
-    """Folders named step_N<suffix>, which only this module creates."""
+    """Return the folders named step_N<suffix>, which only this module creates."""
     folders = (path for path in folder.glob(f"step_*{suffix}") if path.is_dir())
     return [
         path
@@ -450,7 +451,7 @@ def _leftovers(folder: Path, suffix: str) -> list[Path]:
 
 
 def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
-    """Collective. Checksums of all files in a shared folder; each rank hashes part of the bytes."""
+    """Collective. Return checksums of all files in a shared folder; each rank hashes a share."""
     sizes = run_on_rank0(
         lambda: {
             str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()

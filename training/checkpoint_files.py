@@ -16,7 +16,7 @@ HASHING_THREADS = min(8, cpus())
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The step_N folders in `folder`, in order of N."""
+    """Return the step_N folders in `folder`, in order of N."""
     numbers = {path: step_number(path) for path in folder.glob("step_*") if path.is_dir()}
     return sorted(
         (path for path, number in numbers.items() if number is not None),
@@ -25,14 +25,14 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """N of a folder step_N."""
+    """Return N of a folder step_N."""
     number = step_number(folder)
     assert number is not None, folder
     return number
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """{"hash", "metric", "milestone", "files": {name: checksum}} of a step folder.
+    """Read a step folder's manifest: {"hash", "metric", "milestone", "files": {name: checksum}}.
 
     None if the manifest is missing or damaged.
     """
@@ -45,15 +45,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def has_state(folder: Path) -> bool:
-    """Whether a step folder can be resumed from, by its manifest or, without one, by its state/."""
+    """Return True if a run can resume from a step folder, by its manifest or else its state/."""
     manifest = read_manifest(folder)
     return (folder / "state").is_dir() if manifest is None else TRAINER in manifest["files"]
 
 
 def find_damage(folder: Path, with_state: bool = True) -> str | None:
-    """The first missing, changed or unlisted file of a step folder, in words; None if complete.
+    """Describe the first missing, changed or unlisted file of a step folder; None if complete.
 
-    with_state: also look at state/, which only a resume reads.
+    with_state: also check state/, which only a resume reads.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -74,9 +74,9 @@ def find_damage(folder: Path, with_state: bool = True) -> str | None:
 
 
 def model_hash(folder: Path) -> str:
-    """A hash of the model: from the manifest of a step folder, or the files of any other folder.
+    """Return a hash of the model, from a step folder's manifest or from another folder's files.
 
-    It excludes state/, so it stays the same when the state of an old checkpoint is deleted.
+    It excludes state/, so deleting the state of an old checkpoint does not change it.
     """
     manifest = read_manifest(folder)
     if manifest:
@@ -91,7 +91,7 @@ def model_hash(folder: Path) -> str:
 
 
 def read_position(folder: Path) -> dict[str, Any]:
-    """Content of trainer.json; ValueError if it is damaged."""
+    """Read trainer.json; ValueError if it is damaged."""
     position = read_object(folder / TRAINER)
     if position is None or not is_position(position):
         raise ValueError(f"{folder / TRAINER} is damaged; use another copy of the checkpoint")
@@ -99,7 +99,7 @@ def read_position(folder: Path) -> dict[str, Any]:
 
 
 def read_phase(folder: Path) -> str:
-    """The phase that saved a step folder."""
+    """Return the phase that saved a step folder."""
     return read_position(folder)["phase"]
 
 
@@ -107,7 +107,7 @@ def check_complete(folder: Path) -> None:
     """ValueError if a step folder is damaged or cannot be resumed from."""
     if not has_state(folder):
         raise ValueError(
-            f"{folder} has no state/ to resume from; load its weights only with init_from={folder}"
+            f"{folder} has no state/ to resume from; load only its weights with init_from={folder}"
         )
     problem = find_damage(folder)
     if problem:
@@ -115,14 +115,14 @@ def check_complete(folder: Path) -> None:
 
 
 def hash_files(folder: Path, names: list[str], algorithm: str) -> dict[str, str]:
-    """Checksums of files in `folder`, by name, computed in parallel threads."""
+    """Compute checksums of files in `folder`, by name, in parallel threads."""
     with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing and reading release the GIL
         sums = pool.map(lambda name: _checksum(folder / name, algorithm), names)
         return dict(zip(names, sums, strict=True))
 
 
 def _checksum(path: Path, algorithm: str) -> str:
-    # Old manifests, which name no algorithm, have blake2b.
+    # Old manifests name no algorithm; they use blake2b.
     digest = sha256() if algorithm == "sha256" else blake2b(digest_size=16)
     block = memoryview(bytearray(1 << 20))
     with open(path, "rb", buffering=0) as file:

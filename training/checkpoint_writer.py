@@ -1,4 +1,4 @@
-"""Writing of a checkpoint's state/: from copies of this rank's shards, one synced file per rank."""
+"""Write a checkpoint's state/ from copies of this rank's shards, one synced file per rank."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +17,7 @@ class Copies:
         self.buffers: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A copy of value; complete after finish(), valid until the next take() of that name."""
+        """Return a copy of value; complete after finish(), valid until the next take() of name."""
         if name not in self.buffers:
             self.buffers[name] = torch.empty(
                 value.shape, dtype=value.dtype, pin_memory=value.is_cuda
@@ -47,14 +47,14 @@ class SyncedFileWriter(dcp.FileSystemWriter):
     """
 
     def __init__(self, folder: Path):
-        super().__init__(folder, per_thread_copy_ahead=0)  # copying ahead waits for the GPU stream
+        super().__init__(folder, per_thread_copy_ahead=0)  # copying ahead would wait for the GPU
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # no random id, so equal states give equal bytes
+        return StorageMeta()  # no random id, so that equal states give equal bytes
 
 
 def local_shards(prefix: str, tree: dict[str, Any]) -> Iterable[tuple[str, torch.Tensor]]:
-    """This rank's shards of the tensors in nested dicts, with their names in DCP."""
+    """Yield this rank's shards of the tensors in nested dicts, with their names in DCP."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from local_shards(f"{prefix}{key}.", value)

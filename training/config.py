@@ -35,7 +35,7 @@ from training.settings import (
 )
 from training.startup import StartupConfig
 
-# Fields of ModelConfig in which phases may differ; setup.py checks those of rotary positions.
+# Fields of ModelConfig in which phases may differ; setup.py checks the rotary settings.
 PHASES_DIFFER = ("max_position_embeddings", "rope_theta", "rope_scaling", "initializer_range")
 
 
@@ -45,7 +45,7 @@ def scaling_of(model: AnyConfig) -> RopeScaling | None:
 
 
 def fixed(model: AnyConfig, name: str) -> object:
-    """Return the part of a model setting in which phases may not differ."""
+    """Return a model setting without the fields in which phases may differ."""
     value = getattr(model, name)
     return value.fixed if isinstance(value, MoEConfig) else value
 
@@ -64,7 +64,7 @@ class DataConfig:
     packing: str = "stream"
     # Source -> minimum length of its documents; shorter ones are skipped.
     min_document_tokens: dict[str, PositiveInt] = field(default_factory=dict)
-    # Source -> epochs of it that earlier phases read; the phase goes on there (default: 0).
+    # Source -> epochs that earlier phases have read; this phase continues there (default: 0).
     start_epoch: dict[str, NonNegativeFloat] = field(default_factory=dict)
     accept_changed: bool = False  # resume the phase although data, mixture or batch size changed
 
@@ -105,7 +105,7 @@ class ValidationConfig:
         check_fields(self, "validation")
 
     def is_due(self, step: int, last: bool) -> bool:
-        """True if this step, or the last one of a command, is followed by validation."""
+        """Return True if validation follows this step; `last`: the last step of a command."""
         return bool(self.every) and (last or step % self.every == 0)
 
 
@@ -120,7 +120,7 @@ class RunConfig:
         )
     }
 
-    run: str = "nanollama"  # name in checkpoints/<run>/ and logs/<run>/; equal in all phases
+    run: str = "nanollama"  # name in checkpoints/<run>/ and logs/<run>/; the same in all phases
     phase: str = "phase1_pretrain"  # name in checkpoints/<run>/<phase>
     steps: PositiveInt = 184_000  # updates in this phase
     start_step: NonNegativeInt | None = None  # step of the whole run at which this phase must begin
@@ -221,13 +221,13 @@ class RunConfig:
 
     @property
     def positions_text(self) -> str:
-        """How the model encodes positions, for the summary of a run."""
+        """Describe how the model encodes positions, for the summary of a run."""
         scaling = scaling_of(self.model)
         return f"theta {self.theta_text}" + (f", {scaling}" if scaling else "")
 
     @property
     def resume_folder(self) -> Path | None:
-        """Folder of resume_from; a phase name is sought beside this phase, then in the run."""
+        """Folder of resume_from; a phase name is looked up beside this phase, then in the run."""
         if self.resume_from is None:
             return None
         path = Path(self.resume_from)
@@ -250,7 +250,7 @@ def load(
 ) -> RunConfig:
     """Read the run of a YAML file, with overrides and flags as load_settings takes them.
 
-    A run with init_from takes the settings that it omits from that folder.
+    With init_from, the model folder supplies the settings that the config omits.
     """
     values = apply_overrides(RunConfig, read_yaml(Path(path)), overrides or [], flags)
     derived = settings_from_base(values)
@@ -258,7 +258,7 @@ def load(
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
-    """Convert the resolved config to plain values that load() accepts, without NO_EFFECT ones."""
+    """Convert the resolved config to plain values for load(), without NO_EFFECT settings."""
     values = dataclasses.asdict(run)
     if isinstance(run.rope_theta, tuple):
         values["rope_theta"] = list(run.rope_theta)

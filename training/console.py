@@ -7,11 +7,11 @@ from statistics import median
 from typing import Any
 
 RECENT = 50  # steps whose median gives the time left
-MIN_STEPS = 5  # steps before the time left is shown: the first ones compile and fill caches
+MIN_STEPS = 5  # steps before the time left is shown: the first steps compile and fill caches
 
 
 class StepTimes:
-    """Step times of this process. The steps before a resume are not among them."""
+    """Step times of this process, without the steps before a resume."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -23,7 +23,7 @@ class StepTimes:
     def left(self, steps: int) -> float | None:
         """Estimate the seconds that `steps` steps take, without validation and saving.
 
-        None while too few steps are known, and for no steps.
+        None if too few steps were timed, or if `steps` is 0.
         """
         known = steps > 0 and len(self.recent) >= MIN_STEPS
         return steps * median(self.recent) if known else None
@@ -51,10 +51,10 @@ def metrics_text(values: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format the time of a step, in ms or s."""
+    """Format the duration of a step, in ms or s."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def clock(seconds: float) -> str:
-    """Format a longer time, e.g. "0:02:05"."""
+    """Format a longer duration, e.g. "0:02:05"."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,4 +1,4 @@
-"""Continued pretraining: the settings of a run that follow from its model folder, init_from."""
+"""Continued pretraining: settings that a run takes from its model folder, init_from."""
 
 import json
 from dataclasses import asdict
@@ -10,10 +10,10 @@ from models.hf import read_hf_config
 from models.nanollama import ModelConfig
 from models.rope import RopeScaling
 
-# Settings of the model section in which the run may differ from the folder; source_checks.py
-# checks those of positions and of experts.
+# Model settings in which the run may differ from the folder; source_checks.py checks positions
+# and experts.
 MAY_DIFFER = ("max_position_embeddings", "rope_scaling", "initializer_range", "moe")
-WARMUP = 0.01  # of the steps, as in arXiv:2403.08763; other shares change little (arXiv:2308.04014)
+WARMUP = 0.01  # share of the steps (arXiv:2403.08763); matters little (arXiv:2308.04014)
 
 
 def settings_from_base(values: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def settings_from_base(values: dict[str, Any]) -> dict[str, Any]:
         return {}
     folder = Path(str(base))
     if given and not (folder / "config.json").is_file():
-        return {}  # of a plan whose earlier phase writes it
+        return {}  # an earlier phase of a plan writes it later
     config = read_hf_config(folder)
     model: dict[str, Any] = asdict(config)
     model["vocab_size"] = rows_needed(folder, config.vocab_size)
@@ -49,7 +49,7 @@ def settings_from_base(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_scaling_of(init_from: str | None, scaling: RopeScaling, context: int) -> bool:
-    """Whether a run has both the scaling of positions and the context of its model folder."""
+    """Return True if a run has the rope scaling and the context of its model folder."""
     if not init_from or not (Path(init_from) / "config.json").is_file():
         return False
     config = read_hf_config(Path(init_from))
@@ -82,7 +82,7 @@ def rows_needed(folder: Path, rows: int) -> int:
 
 
 def _equal(value: Any, expected: Any) -> bool:
-    """Whether a value of a config, which may be text such as 1e-5, is the folder's."""
+    """Return True if a config value, which may be text such as 1e-5, equals the folder's."""
     if isinstance(expected, float) and not isinstance(value, bool):
         try:
             return abs(float(value) - expected) <= 1e-6 * abs(expected)  # rounded in the folder
@@ -92,7 +92,7 @@ def _equal(value: Any, expected: Any) -> bool:
 
 
 def _check_context(folder: Path, config: ModelConfig, model: dict[str, Any]) -> None:
-    """ValueError if positions beyond the folder's are added without scaling them."""
+    """ValueError if the context grows beyond the folder's without rope scaling."""
     context = model["max_position_embeddings"]
     known = config.max_position_embeddings
     if model["rope_scaling"] is None and isinstance(context, int) and context > known:
@@ -104,7 +104,7 @@ def _check_context(folder: Path, config: ModelConfig, model: dict[str, Any]) -> 
 
 
 def _schedule(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the missing lengths of a learning-rate schedule over the steps of the run."""
+    """Return the lengths that the schedule section omits, for a schedule over the run's steps."""
     schedule, steps = values.get("schedule") or {}, values.get("steps")
     if not isinstance(schedule, dict) or values.get("resume_from") or steps is None:
         return {}
@@ -112,6 +112,6 @@ def _schedule(values: dict[str, Any]) -> dict[str, Any]:
         total = int(schedule.get("total_steps", steps))
         warmup = int(schedule.get("warmup_steps", max(1, round(WARMUP * total))))
     except (TypeError, ValueError):
-        return {}  # the error is that of the setting
+        return {}  # the setting's own check reports the error
     lengths = {"total_steps": total, "warmup_steps": warmup, "decay_steps": total - warmup}
     return {f"schedule.{name}": n for name, n in lengths.items() if name not in schedule and n >= 0}

@@ -21,7 +21,7 @@ from ranges import (
 )
 from training.optimizers import GROUPS, OptimConfig
 
-SHAPES: dict[str, Callable[[float], float]] = {  # way from one point to the next, at fraction x
+SHAPES: dict[str, Callable[[float], float]] = {  # share of the change, at fraction x
     "linear": lambda x: x,
     "step": lambda x: 0.0,  # holds the value until the next point
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
@@ -32,7 +32,7 @@ SHAPES: dict[str, Callable[[float], float]] = {  # way from one point to the nex
 
 @dataclass(frozen=True)
 class Curve:
-    """A setting as a function of the step of the whole run, by points with a shape between them.
+    """A setting as a function of the run's step: points, and a shape between them.
 
     Before the first point it has the first value, after the last point the last value. check()
     must accept a curve before `over` and __call__ are used.
@@ -58,10 +58,10 @@ class Curve:
         for i, point in enumerate(self.points):
             if len(point) != 2:
                 raise ValueError(f"{key}.points[{i}]={list(point)} must be two numbers, [x, value]")
-            at = (
+            allowed_x = (
                 NonNegativeFloat if self.by == "steps" else Annotated[float, at_least(0, maximum=1)]
             )
-            check(point[0], at, f"{key}.points[{i}][0]")
+            check(point[0], allowed_x, f"{key}.points[{i}][0]")
             check(point[1], allowed, f"{key}.points[{i}][1]")
         if any(before[0] >= after[0] for before, after in pairwise(self.points)):
             raise ValueError(
@@ -95,20 +95,20 @@ LENGTH = Annotated[float, at_least(1)]
 SCHEDULED: dict[str, Any] = {
     **{f"lr.{group}": NonNegativeFloat for group in GROUPS},  # factor of the group's learning rate
     "weight_decay": NonNegativeFloat,  # factor of every group's weight decay
-    "beta2": Fraction,  # of AdamW's groups without their own beta2 and without the next
+    "beta2": Fraction,  # AdamW's groups without another beta2 setting
     **{f"beta2.{group}": Fraction for group in GROUPS},
     "momentum": Fraction,  # Muon's
     "short_window": LENGTH,  # tokens
     "long_window": LENGTH,
     "softcap": PositiveFloat,
-    "multi_token.1": NonNegativeFloat,  # weight of the loss of the second token
-    "multi_token.2": NonNegativeFloat,  # of the third
+    "multi_token.1": NonNegativeFloat,  # loss weight of the second next token
+    "multi_token.2": NonNegativeFloat,  # loss weight of the third next token
     "batch_tokens": LENGTH,  # tokens per step over all ranks
     "sequence_length": LENGTH,  # tokens
 }
 WINDOWS = ("short_window", "long_window")
 MULTI_TOKEN = ("multi_token.1", "multi_token.2")
-OF_GROUPS = ("lr", "beta2")  # names before a group's
+OF_GROUPS = ("lr", "beta2")  # prefixes of group names
 OF_LOADER = ("batch_tokens", "sequence_length")
 ROUNDED = (*WINDOWS, *OF_LOADER)  # schedules whose values are rounded
 

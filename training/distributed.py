@@ -1,4 +1,4 @@
-"""Run a function on rank 0 or on all ranks, with the same outcome on every rank."""
+"""Run a function on rank 0 or on all ranks; every rank gets the same result or error."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def run_on_every_rank(work: Callable[[], object], group: dist.ProcessGroup | Non
     problem: Exception | None = None
     try:
         work()
-    except dcp.api.CheckpointException as error:  # torch's wrapper of the error of each rank
+    except dcp.api.CheckpointException as error:  # torch wraps the error of each rank
         inner = next(iter(error.failures.values()))[0]
         if isinstance(inner, OSError):
             problem = inner
@@ -47,7 +47,7 @@ def run_on_every_rank(work: Callable[[], object], group: dist.ProcessGroup | Non
 
 
 def raise_on_any_rank(problem: Exception | None, group: dist.ProcessGroup | None = None) -> None:
-    """Collective. Raise the problem of the first rank that has one, on every rank."""
+    """Collective. On every rank, raise the problem of the first rank that has one."""
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem and _portable(problem), group=group)
     first = next((rank for rank, error in enumerate(problems) if error is not None), None)
@@ -57,7 +57,7 @@ def raise_on_any_rank(problem: Exception | None, group: dist.ProcessGroup | None
 
 
 def _portable(error: Exception) -> Exception:
-    """The error if it can be pickled, else a RuntimeError with its text."""
+    """Return the error if it can be pickled, else a RuntimeError with its text."""
     try:
         if type(pickle.loads(pickle.dumps(error))) is type(error):
             return error

@@ -1,6 +1,6 @@
-"""Expert parallelism: each rank stores some experts of every layer, and tokens travel to them.
+"""Expert parallelism: each rank stores some experts of every layer and receives their tokens.
 
-Rows of hidden states cross the ranks instead of weights (GShard, arXiv:2006.16668).
+Ranks exchange hidden states instead of weights (GShard, arXiv:2006.16668).
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from training.shard_layout import local
 
 
 class DividedExperts(Experts):
-    """Experts as DTensors, divided among the ranks of `group`; each has neighbouring experts."""
+    """Experts as DTensors, divided among the ranks of `group` in consecutive blocks."""
 
     group: dist.ProcessGroup
 
@@ -28,14 +28,15 @@ class DividedExperts(Experts):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Collective. Apply each expert, on its rank, to its rows of x [rows, D].
 
-        counts [E]: this rank's rows of each expert; the first counts[0] are of expert 0. A rank may
-        send or receive no row. Gradients of a rank's experts are sums over the rows of all ranks.
+        counts [E]: this rank's rows of each expert; expert 0 has the first counts[0]. A rank may
+        send or receive no rows. The gradients of a rank's experts are sums over the rows of all
+        ranks.
         """
         ranks, group = dist.get_world_size(self.group), self.group
-        received = torch.empty_like(counts)  # from each rank, its rows of each expert of this rank
+        received = torch.empty_like(counts)  # for each rank, its rows per expert of this rank
         dist.all_to_all_single(received, counts, group=group)
         by_rank = torch.stack([counts, received]).view(2, ranks, -1).sum(2)
-        sent_rows, received_rows = by_rank.tolist()  # waits for the device
+        sent_rows, received_rows = by_rank.tolist()  # synchronizes with the device
         rows = _AllToAll.apply(x, received_rows, sent_rows, group)
         experts = torch.arange(len(counts) // ranks, device=x.device).repeat(ranks)
         rows_of = experts.repeat_interleave(received, output_size=sum(received_rows))
@@ -47,7 +48,7 @@ class DividedExperts(Experts):
 
 
 class _AllToAll(torch.autograd.Function):
-    """Send blocks of rows to the ranks of a group; their gradients take the way back."""
+    """Send blocks of rows to the ranks of a group; backward returns their gradients."""
 
     @staticmethod
     def forward(
@@ -66,9 +67,9 @@ class _AllToAll(torch.autograd.Function):
 def divide_experts(layers: nn.Module, ranks: int, mesh: DeviceMesh) -> list[DividedExperts]:
     """Divide the experts of each layer among `ranks` ranks, in place, and return them.
 
-    mesh: replicas x shards, or shards. The weights become DTensors with the placement that FSDP2
-    gives to other parameters, so optimizers and checkpoints see no difference. With ranks=1 nothing
-    changes. ValueError if `ranks` is neither 1 nor the number of shards.
+    mesh: replicas x shards, or shards. The weights become DTensors with FSDP2's placement,
+    so optimizers and checkpoints treat them like other parameters. With ranks=1 nothing changes.
+    ValueError if `ranks` is neither 1 nor the number of shards.
     """
     if ranks == 1:
         return []
@@ -82,7 +83,7 @@ def divide_experts(layers: nn.Module, ranks: int, mesh: DeviceMesh) -> list[Divi
     divided: list[Any] = [layer.experts for layer in layers.modules() if isinstance(layer, MoE)]
     for experts in divided:
         for name, weight in list(experts.named_parameters()):
-            # Every rank has built the whole weight, so no rank sends it.
+            # Every rank has built the full weight, so no broadcast is needed.
             shard = distribute_tensor(weight.detach(), mesh, placements, src_data_rank=None)
             setattr(experts, name, nn.Parameter(shard))
         experts.__class__ = DividedExperts

@@ -20,16 +20,16 @@ class StopSignal:
     The loop reduces the flags over ranks at each step, so all ranks save at the same step and exit.
     A second SIGTERM or SIGINT kills at once, unless it comes within GRACE seconds: on Ctrl-C a rank
     gets SIGINT from the terminal and from torchrun. A closed terminal (SIGHUP) never interrupts a
-    save. SIGHUP stays ignored if it was ignored before, as nohup sets it. torchrun sends SIGTERM to
-    the other ranks when one has failed; a rank that then loses its connection ends in silence,
-    since the failed rank has said why.
+    save. SIGHUP remains ignored if it was ignored before, as under nohup. torchrun sends SIGTERM to
+    the other ranks when a rank has failed; a rank that then loses its connection prints no error,
+    because the failed rank has printed the cause.
     """
 
     GRACE = 5.0
 
     def __init__(self) -> None:
         self.received = 0
-        self.time = 0.0  # of the first signal, monotonic
+        self.time = 0.0  # time of the first signal, monotonic
 
     def __enter__(self) -> "StopSignal":
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -63,10 +63,10 @@ def stop_status(flags: Sequence[bool]) -> int:
 
 
 class StepFlags(NamedTuple):
-    """Events of one step beside its metrics: on one rank, or after the reduction on any rank."""
+    """Events of one step: on this rank, or, after the reduction, on any rank."""
 
     save_failed: bool = False
-    signals: tuple[bool, ...] = ()  # one for each of SIGNALS
+    signals: tuple[bool, ...] = ()  # one per entry of SIGNALS
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class FaultConfig:
 
     # A loss or gradient norm this many deviations above the window's mean is a spike; 0: never.
     spike_sigma: NonNegativeFloat = 6.0
-    # Good steps in the mean and deviation. Until the window is full, no step is a spike.
+    # Number of good steps for mean and deviation. Until the window is full, no step is a spike.
     window: PositiveInt = 128
     bad_in_a_row: PositiveInt = 5  # skipped steps before a rollback
-    # Minimum steps that a rollback goes back; 0: to the newest checkpoint.
+    # Minimum distance of a rollback, in steps; 0: to the newest checkpoint.
     rollback_steps: NonNegativeInt = 0
-    max_rollbacks: NonNegativeInt = 3  # rollbacks; one more stops the run
+    max_rollbacks: NonNegativeInt = 3  # maximum rollbacks; the next one stops the run
     # Factor on the learning rate at each rollback.
     lr_factor: Annotated[float, above(0, maximum=1)] = 0.5
     # Maximum gradient norm after a rollback, if tighter than optim.grad_clip.
@@ -94,11 +94,11 @@ class FaultConfig:
 class FaultState:
     """Recent losses, skipped batches and rollbacks; saved in checkpoints."""
 
-    losses: list[float] = field(default_factory=list)  # of the last good steps
+    losses: list[float] = field(default_factory=list)  # losses of the last good steps
     norms: list[float] = field(default_factory=list)  # gradient norms of the same steps
     bad_batches: list[int] = field(default_factory=list)  # batch indices since the last good step
-    excluded_batches: list[int] = field(default_factory=list)  # batch indices, of this phase
-    skipped: int = 0  # steps, over the whole run
+    excluded_batches: list[int] = field(default_factory=list)  # batch indices of this phase
+    skipped: int = 0  # skipped steps over the whole run
     rollbacks: int = 0
     lr_scale: float = 1.0
     grad_clip: float | None = None  # limit after a rollback; None: as configured
@@ -133,15 +133,15 @@ class FaultState:
         self.skipped, self.bad_batches = self.skipped + 1, [*self.bad_batches, batch_index]
 
     def next_batch_index(self, batch_index: int) -> int:
-        """The first batch index from `batch_index` on that is not excluded."""
+        """Return the first batch index from `batch_index` on that is not excluded."""
         while batch_index in self.excluded_batches:
             batch_index += 1
         return batch_index
 
     def roll_back(self, earlier: "FaultState", config: FaultConfig) -> "FaultState":
-        """The state after a rollback to a checkpoint with state `earlier`.
+        """Return the state after a rollback to a checkpoint with state `earlier`.
 
-        Windows come from `earlier`; excluded batches and counts include those since then.
+        Windows come from `earlier`; excluded batches and counts include the later ones.
         """
         return replace(
             earlier,
@@ -157,9 +157,9 @@ class FaultState:
         )
 
     def for_new_data(self) -> "FaultState":
-        """A copy without losses, gradient norms and batch indices, which belong to the old data."""
+        """Return a copy without losses, gradient norms and batch indices of the old data."""
         return replace(self, losses=[], norms=[], bad_batches=[], excluded_batches=[])
 
     def next_phase(self) -> "FaultState":
-        """The state at the start of the next phase, whose data are different."""
+        """Return the state for the start of the next phase, which has different data."""
         return replace(self.for_new_data(), no_go="")

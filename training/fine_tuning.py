@@ -28,11 +28,11 @@ UNKNOWN_LENGTH = 10**9  # placeholder until the base model's config is read
 
 @dataclass(frozen=True)
 class TuningRun(RunConfig):
-    """A fine-tuning run from the base model init_from, with its shape and a log folder of its own.
+    """A fine-tuning run from the base model init_from, with its shape and a separate log folder.
 
-    The learning rate decays from warm-up to the last step and ends just above min_lr: it would
-    reach min_lr one step later, as in transformers and TRL. The config may not have settings that
-    follow from the base model or from `steps`.
+    The learning rate decays from the end of warm-up to the last step. As in transformers and TRL,
+    it would reach min_lr one step later. The config may not set what the base model or `steps`
+    determines.
     """
 
     SHAPE_FROM_BASE: ClassVar[bool] = True
@@ -69,7 +69,7 @@ class TuningRun(RunConfig):
         return Path(self.log_dir or f"logs/{self.run}/{self.phase}")
 
     def with_schedule(self) -> Self:
-        """This run with a learning-rate schedule over its own steps."""
+        """Return this run with a learning-rate schedule over its steps."""
         warmup = min(self.schedule.warmup_steps, self.steps // 10)
         decay, total = self.steps - warmup, self.steps + 1
         return replace(
@@ -80,7 +80,7 @@ class TuningRun(RunConfig):
         )
 
     def schedule_lines(self) -> list[str]:
-        """A log line if with_schedule shortens the warm-up to a tenth of the steps."""
+        """Return a log line if with_schedule shortens the warm-up to a tenth of the steps."""
         configured, used = self.schedule.warmup_steps, self.with_schedule().schedule.warmup_steps
         return [
             f"warm-up: {used} steps, a tenth of the run, instead of "
@@ -95,15 +95,15 @@ class Base(NamedTuple, Generic[Run]):
     """The base model of a tuning run, with its chat tokenizer."""
 
     chat: Chat
-    folder: Path  # of the chat tokenizer
+    folder: Path  # folder of the chat tokenizer
     files: TokenizerFiles
-    run: Run  # the run with the base model's shape, and a vocabulary that has the chat tokens
+    run: Run  # the run with the base model's shape and the chat tokens in its vocabulary
 
 
 def parser(
     kind: type[TuningRun], about: str | None, config: str, batch_size: str
 ) -> argparse.ArgumentParser:
-    """Parser of the shared flags. config: default. batch_size: help text of --batch_size."""
+    """Return the parser of the shared flags. config: default. batch_size: help of --batch_size."""
     flags = CommandParser(about)
     flags.add_argument("--config", default=config, help="YAML file")
     flags.add_argument(
@@ -154,9 +154,9 @@ def start(
 
 
 def with_record(base: Base[Run], reports: Iterable[dict[str, Any]], length: int) -> TokenizerFiles:
-    """The tokenizer files with a record of the training conversations for config.json.
+    """Return the tokenizer files with a record of the training conversations for config.json.
 
-    Chat and demo take their defaults from this record.
+    Chat and demo read their defaults from this record.
     """
     trained = record(Path(str(base.run.init_from)), reports, length)
     return base.files._replace(config_entries={**base.files.config_entries, KEY: trained})
@@ -180,7 +180,7 @@ def open_base(run: Run, cache: Path) -> Base[Run]:
         folder, chat.config_ids, range(known, tokens) if tokens > known else None
     )
     theta = config.rope_theta if run.rope_theta is None else run.rope_theta
-    # Few steps on few conversations: routers without noise, and biases that stay.
+    # Few steps on few conversations: no router noise and no bias updates.
     moe = replace(config.moe, router="top_k", bias_rate=0.0)
     model = replace(config, vocab_size=max(config.vocab_size, tokens))
     model = replace(model, moe=moe) if model.kind == "moe" else model

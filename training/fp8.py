@@ -14,9 +14,9 @@ def convert_to_fp8(layers: nn.Module, device: torch.device, emulate: bool = Fals
 
     Returns the names of the converted layers. Parameters keep names and dtypes, so checkpoints do
     not change. Layers of at most 1,024 outputs (k_proj and v_proj of the 1.1B model) are skipped:
-    by torchao's measurements, float8 does not speed them up. emulate (for tests): round to float8
+    torchao measured no speed-up for them. emulate (for tests): round to float8
     and multiply in fp32, on any device, in each layer whose sizes are multiples of 16.
-    Raises ValueError if torchao is missing or the device does not support float8.
+    ValueError if torchao is missing or the device does not support float8.
     """
     if find_spec("torchao") is None:
         raise ValueError(

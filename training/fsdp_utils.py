@@ -1,7 +1,7 @@
-"""Wrap a model in float8, activation checkpointing, torch.compile per block and FSDP2, in order.
+"""Apply float8, activation checkpointing, torch.compile per block and FSDP2 to a model, in order.
 
-On mps (Apple silicon), whose tensors torch cannot send between processes, a model stays a plain
-module of one process, in float32.
+On mps (Apple silicon), torch has no collectives, so the model remains a plain float32 module of one
+process.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from training.fp8 import convert_to_fp8
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 Model = TypeVar("Model", bound=nn.Module)
-RECOMPILATIONS = 32  # of one block: for lengths and numbers of rows, training and evaluation
+RECOMPILATIONS = 32  # compilations per block: row lengths, numbers of rows, training and evaluation
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ParallelConfig:
     """
 
     # zero2: parameters stay gathered from forward to backward. zero3: they are gathered again in
-    # backward. ddp: every rank has all of them.
+    # backward. ddp: every rank has all parameters.
     strategy: Annotated[str, one_of("zero2", "zero3", "ddp")] = "zero2"
     # Dtype of forward and backward: bfloat16, float32, or auto (bfloat16 where it is native and
     # FSDP2 can keep fp32 masters: not on mps).
@@ -50,9 +50,9 @@ class ParallelConfig:
     # fastest that fits, models/attention.py.
     attention: Annotated[str, one_of(*KERNELS)] = "auto"
     fp8: bool = False  # float8 matmuls in the blocks, with torchao
-    replicas: PositiveInt = 1  # HSDP: copies, each sharded over neighbouring ranks; one per node
+    replicas: PositiveInt = 1  # HSDP: model copies, each on neighbouring ranks; e.g. one per node
     # Expert parallelism: ranks among which each layer's experts are divided. 1, or the ranks of a
-    # replica: tokens travel to the experts, which are never gathered. Checkpoints are the same.
+    # replica: tokens are sent to the experts, which are never gathered. Checkpoints are the same.
     experts: PositiveInt = 1
     # Seconds that ranks wait for each other in a step before the run ends; the first step may take
     # half an hour more.
@@ -72,7 +72,7 @@ class ParallelConfig:
             )
 
     def check_model(self, kind: str, moe: MoEConfig) -> None:
-        """ValueError if these settings do not fit a model of this kind, dense or moe."""
+        """ValueError if these settings do not suit a model of this kind, dense or moe."""
         if kind == "dense" and self.experts > 1:
             raise ValueError(
                 f"parallel.experts={self.experts} has no effect with model.kind=dense; "
@@ -91,14 +91,14 @@ class ParallelConfig:
 
 
 def compiles(config: ParallelConfig, device: torch.device) -> bool:
-    """Whether blocks are compiled: parallel.compile, by default only on a GPU."""
+    """Return True if blocks are compiled: parallel.compile, by default only on a GPU."""
     return device.type == "cuda" if config.compile is None else config.compile
 
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
-    """The dtype of forward and backward: parallel.dtype, or for auto bfloat16 if it is native.
+    """Return the dtype of forward and backward: parallel.dtype; auto: bfloat16 if native.
 
-    Without FSDP2 (mps) it is that of the fp32 master weights.
+    Without FSDP2 (mps), it is the float32 of the master weights.
     """
     if config.dtype != "auto":
         return DTYPES[config.dtype]
@@ -119,9 +119,9 @@ def wrap_model_fsdp(
 
     Parameters stay fp32 masters. FSDP2 gathers them in the compute dtype, and reduces gradients in
     fp32 by *summing*: divide the loss by the loss denominator of the whole step before backward.
-    DDP and HSDP are the same with all or some ranks as replicas.
+    DDP and HSDP do the same, with all or some ranks as replicas.
     Defaults: ParallelConfig(), and this rank's GPU or the CPU. Without a config and a process
-    group, it creates a group of torchrun's ranks, or of this process alone.
+    group, it creates a group of torchrun's ranks, or of this process only.
     On a device without collectives (mps), the model is not sharded; ValueError for settings that
     need it.
     """
@@ -179,7 +179,7 @@ def check_ranks(device: torch.device, world: int) -> None:
 
 
 def check_unsharded(config: ParallelConfig, device: torch.device) -> None:
-    """ValueError for several ranks, or settings that a device without FSDP2 lacks."""
+    """ValueError for several ranks, or for settings that need FSDP2."""
     check_ranks(device, get_world_size())
     refused: dict[str, tuple[object, object]] = {
         "dtype": (config.dtype == "bfloat16", "float32"),
@@ -196,7 +196,7 @@ def check_unsharded(config: ParallelConfig, device: torch.device) -> None:
 
 
 def check_alignment(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """ValueError if the grouped product of a GPU cannot take the widths of the experts."""
+    """ValueError if a GPU's grouped matmul does not support the widths of the experts."""
     if device.type == "cuda" and dtype == torch.bfloat16 and (weight := unaligned(model)):
         raise ValueError(
             f"{weight}: in bfloat16 on a GPU the widths of experts must be multiples of 8; change "
@@ -206,10 +206,10 @@ def check_alignment(model: nn.Module, dtype: torch.dtype, device: torch.device) 
 
 
 def _compile_blocks(layers: nn.ModuleList, divided: list[DividedExperts]) -> None:
-    """Compile each block as one graph; divided experts stay outside, between two graphs.
+    """Compile each block as one graph; divided experts are left out and split it in two.
 
-    All blocks share the code of one forward(), and torch ends a run that compiles one code more
-    than 8 times. A model may have more structures of blocks than that.
+    All blocks share the code of one forward(), and torch fails after 8 compilations of the same
+    code. A model may have more kinds of blocks than that.
     """
     limits, limit = torch._dynamo.config, RECOMPILATIONS * len(layers)
     limits.recompile_limit = max(limits.recompile_limit, limit)
@@ -221,7 +221,7 @@ def _compile_blocks(layers: nn.ModuleList, divided: list[DividedExperts]) -> Non
 
 
 def _device() -> torch.device:
-    """This rank's GPU, or the CPU."""
+    """Return this rank's GPU, or the CPU."""
     device = torch.device(default_device())
     local = dist.get_node_local_rank(fallback_rank=0)
     return torch.device("cuda", local) if device.type == "cuda" else device
@@ -238,7 +238,7 @@ def _join(device: torch.device) -> None:
 
 
 def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
-    """Mesh of replicas x shards. Shards are neighbouring ranks, on one node if they fit there."""
+    """Return the mesh replicas x shards. Shards are neighbouring ranks, if possible on one node."""
     world = get_world_size()
     replicas = world if config.strategy == "ddp" else config.replicas
     if world % replicas:
@@ -256,7 +256,7 @@ def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
 def set_last_micro_batch(model: nn.Module, last: bool, strategy: str) -> None:
     """Call before each backward: gradients are reduced only after the step's last micro-batch.
 
-    Until then zero2 keeps parameters gathered. A model without FSDP2 (mps) has nothing to reduce.
+    Until then zero2 keeps parameters gathered. Without FSDP2 (mps), this does nothing.
     """
     if not isinstance(model, FSDPModule):
         return

@@ -5,8 +5,8 @@ Source: Wen et al. 2026, arXiv:2606.16899. For a matrix W with the update U of a
 
     W <- R Normalize(W - lr R Normalize(U)),    Normalize(X) = X / |X|
 
-The parameters and the base optimizers are those of levanter's adamh.py and muonh.py
-(marin-community/marin 0084342, 05422e2). Each matrix of a stack has its own R.
+Choice of parameters and base optimizers follows levanter's adamh.py and muonh.py
+(marin-community/marin 0084342, 05422e2). Each matrix of a stack has a separate R.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 from machine import exact, exact_device
 from training.shard_layout import ShardLayout, local
 
-MIN_NORM = 1e-10  # of an update; a smaller one is not enlarged to lr R
+MIN_NORM = 1e-10  # minimum norm of an update that is scaled to lr R
 
 
 def matrices_of(shape: Sequence[int]) -> int:
@@ -32,8 +32,8 @@ def partial_products(
 ) -> Tensor:
     """Return this rank's part of |W|^2, <W, U> and |U|^2 of each matrix, float64 [matrices, 3].
 
-    weight, update: this rank's rows of a parameter of that shape. The sums of the parts over the
-    shards are the products of whole matrices. They are on the weight's exact_device.
+    weight, update: this rank's rows of a parameter of that shape. Summed over the shards, the
+    results are the products of full matrices. They are on the weight's exact_device.
     """
     update = update.float()
     pairs = ((weight, weight), (weight, update), (update, update))
@@ -54,10 +54,10 @@ def project(
     lr: float,
     layout: ShardLayout,
 ) -> None:
-    """Set this rank's rows of W to those of R Normalize(W - lr R Normalize(U)), in place.
+    """Set this rank's rows of W to R Normalize(W - lr R Normalize(U)), in place.
 
-    products: of whole matrices, [matrices, 3] as in partial_products. initial_norm: R, [matrices].
-    A matrix with an update of 0 stays as it is, bit for bit.
+    products: of full matrices, [matrices, 3] as in partial_products. initial_norm: R, [matrices].
+    A matrix with an update of 0 is unchanged, bit for bit.
     """
     weight_square, product, update_square = products.unbind(-1)
     initial_norm = initial_norm.to(products.device)
@@ -100,17 +100,17 @@ def sum_over_shards(products: Tensor, layout: ShardLayout) -> Tensor:
 
 
 def store_initial_norms(states: Mapping[Tensor, Any], parameters: Sequence[Tensor]) -> None:
-    """Collective. Put the norms of new parameters into their states, as "initial_norm"."""
+    """Collective. Store the norms of new parameters in their states, as "initial_norm"."""
     new = [p for p in parameters if "initial_norm" not in states[p]]
     for parameter, norms in zip(new, frobenius_norms(new) if new else [], strict=True):
-        states[parameter]["initial_norm"] = norms.clone()  # not a view: a checkpoint saves storages
+        states[parameter]["initial_norm"] = norms.clone()  # no view: checkpoints save storages
 
 
 def adamh(states: Mapping[Tensor, Any], group: dict[str, Any]) -> None:
     """Collective. Update the parameters of a group that have a gradient by AdamH.
 
     The states have the keys of torch's fused Adam, and "initial_norm". Updates are computed twice,
-    before and after the sum over the shards, so that they need no memory.
+    before and after the sum over the shards, instead of being stored.
     """
     parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
     if not parameters:
@@ -119,14 +119,14 @@ def adamh(states: Mapping[Tensor, Any], group: dict[str, Any]) -> None:
         _update_moments(parameter, states[parameter], *group["betas"])
     store_initial_norms(states, parameters)
     layout = ShardLayout.from_tensor(parameters[0])
-    parts = [
+    partial = [
         partial_products(local(p), _adam_update(states[p], group), p.shape, layout)
         for p in parameters
     ]
-    products = sum_over_shards(torch.cat(parts), layout).split([len(part) for part in parts])
-    for p, own in zip(parameters, products, strict=True):
+    products = sum_over_shards(torch.cat(partial), layout).split([len(rows) for rows in partial])
+    for p, sums in zip(parameters, products, strict=True):
         update, norm = _adam_update(states[p], group), states[p]["initial_norm"]
-        project(local(p), update, own, norm, group["lr"], layout)
+        project(local(p), update, sums, norm, group["lr"], layout)
 
 
 def _update_moments(parameter: Tensor, state: dict[str, Any], beta1: float, beta2: float) -> None:

@@ -74,9 +74,9 @@ class Log:
         self.bar: tqdm | None = None
         self.file: JsonlFile | None = None
         self.waiting: list[tuple[str, str]] = []  # (file name, line) of unwritten events
-        self.broken = False  # the last write to the folder failed
+        self.broken = False  # True if the last write to the folder failed
         self.times: StepTimes | None = None
-        self.measured: dict[str, Any] = {}  # metrics of a model before its first step
+        self.measured: dict[str, Any] = {}  # validation metrics before the first step
         self.status, self.beaten = "running", -math.inf
         if is_rank0:
             self.alerts = open_alerts(folder, config.alerts, secrets or {})
@@ -85,7 +85,7 @@ class Log:
             )
 
     def open(self, step: int, end: int, phase: str) -> None:
-        """Begin or resume at `step`. Metrics of later steps move to metrics_redone.jsonl."""
+        """Begin or resume at `step`. Move metrics of later steps to metrics_redone.jsonl."""
         if not self.is_rank0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ class Log:
 
         kind: begun, resumed, ended, paused, stopped (by a signal or a no-go), failed, skipped (an
         update), rollback, startup, measured (before the first step), starved (an expert) or
-        set_aside. append_event records those of other processes: gate, forecast (of an average),
+        set_aside. Other processes record with append_event: gate, forecast (of an average),
         no_average, extend, skipped_stage, restarted, gave_up, set_aside, stuck, recovered and
         alert_failed. fields: JSON values beside phase and step.
         """
@@ -149,11 +149,11 @@ class Log:
         title = f"{kind} at step {fields['step']}"
         self.waiting += _event_lines(kind, text, fields)
         try:
-            self._keep(self._write_events)  # first, since the console may be closed
-        finally:  # a full disk must not silence the alert and the console
+            self._keep(self._write_events)  # written first, since the console may be closed
+        finally:  # on a full disk, still send the alert and print
             where = f"{self.folder.absolute()} on {socket.gethostname()}"
             if fields.get("outcome") == "no-go":
-                self.alerts.sent.pop(kind, None)  # send it even right after a "go"
+                self.alerts.sent.pop(kind, None)  # quiet_s must not hide it after a "go"
             self.alerts.send(kind, f"{self.name}: {title}", f"{text or _spell(fields)}\n{where}")
             self.say(text or f"{title}: {_spell(fields)}")
 
@@ -203,7 +203,7 @@ class Log:
             del self.waiting[0]
 
     def _keep(self, work: Callable[[], None]) -> None:
-        """Run `work` on the folder. During training an OSError only gives one warning."""
+        """Run `work` on the folder. During training, an OSError causes only one warning."""
         try:
             work()
         except OSError as error:
@@ -264,7 +264,7 @@ class Log:
     ) -> None:
         try:
             if error and self.file:
-                with suppress(OSError):  # a full disk must not hide the error
+                with suppress(OSError):  # even on a full disk, raise the error itself
                     text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
                     self.event(
                         "failed", f"{self.name} {self.phase} failed after step {self.step}: {text}"
@@ -275,14 +275,14 @@ class Log:
 
 
 class JsonlFile:
-    """A .jsonl file. Rows wait until they can be written; a removed file is written again."""
+    """A .jsonl file. Rows are kept until they can be written; a removed file is recreated."""
 
     def __init__(self, path: Path, waiting: list[dict[str, Any]]):
         self.path, self.waiting = path, waiting
         self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
 
     def write(self) -> bool:
-        """Append waiting rows; True if the file was recreated. OSError if the write fails."""
+        """Append waiting rows; return True if the file was recreated. OSError if writing fails."""
         restored = self._restore()
         while self.waiting:
             end = self.file.seek(0, os.SEEK_END)
@@ -295,7 +295,7 @@ class JsonlFile:
         return restored
 
     def _restore(self) -> bool:
-        """Reopen the path if its file was removed or replaced; True if it was written again."""
+        """Reopen the path if its file was removed or replaced; return True if it was rewritten."""
         try:
             current = os.stat(self.path)
         except FileNotFoundError:
@@ -338,7 +338,7 @@ def log_in(config: LogConfig) -> None:
 
 
 def open_alerts(folder: Path, config: AlertConfig, secrets: Mapping[str, str]) -> Alerts:
-    """Alerts of the run in `folder`. Failures become events. Prints the channels that are off."""
+    """Return the alerts of a run. Failures become events. Prints the channels that are off."""
 
     def failed(channel: str, error: str) -> None:
         with suppress(OSError):  # runs in a thread
@@ -359,38 +359,39 @@ def validation_text(values: dict[str, Any]) -> str:
     bits = {
         key.split("/")[1]: value for key, value in values.items() if key.endswith("/bits_per_byte")
     }
-    parts = ", ".join(
+    details = ", ".join(
         f"{source} {value:.3f}" for source, value in bits.items() if source != "bits_per_byte"
     )
-    parts = f"bits per byte: {parts}" if parts else ""
+    details = f"bits per byte: {details}" if details else ""
     if "val/rewards/accuracies" in values:
-        parts = f"reward accuracy {values['val/rewards/accuracies']:.1%}"
-    return ", ".join(text for text in (f"validation loss {values['val/loss']:.3f}", parts) if text)
+        details = f"reward accuracy {values['val/rewards/accuracies']:.1%}"
+    return ", ".join(
+        text for text in (f"validation loss {values['val/loss']:.3f}", details) if text
+    )
 
 
 def append_event(folder: Path, kind: str, text: str = "", **fields: Any) -> None:
     """Append an event to events.jsonl and, as text, to training_log.md in `folder`.
 
-    Each line is one synced write. An unfinished line of a killed process is ended first.
+    Each line is one synced write. First ends an unfinished line of a killed process.
     """
     for name, line in _event_lines(kind, text, fields):
         _append(folder / name, line)
 
 
 def _event_lines(kind: str, text: str, fields: dict[str, Any]) -> list[tuple[str, str]]:
-    """(file name, line) of an event, for each file that records it."""
+    """Return (file name, line) of an event for each file that records it."""
     time_now = now()
     line = {"time": time_now, "event": kind, **fields, **({"text": text} if text else {})}
     where = f" · step {fields['step']:,}" if isinstance(fields.get("step"), int) else ""
-    what = " ".join((text or _spell(fields)).split())
-    plain = (
-        f"- {time_now[:19].replace('T', ' ')} UTC{where} · **{kind}**{': ' + what if what else ''}"
-    )
+    details = " ".join((text or _spell(fields)).split())
+    details = f": {details}" if details else ""
+    plain = f"- {time_now[:19].replace('T', ' ')} UTC{where} · **{kind}**{details}"
     return [("events.jsonl", json.dumps(_plain(line), default=str)), (MARKDOWN, plain)]
 
 
 def now() -> str:
-    """The time in UTC, as ISO 8601."""
+    """Return the time in UTC, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
@@ -408,7 +409,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Values with NaN and Infinity as strings, since JSON has neither."""
+    """Replace NaN and Infinity by strings, since JSON has neither."""
     return {
         k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
     }

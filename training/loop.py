@@ -63,7 +63,7 @@ def train(
     with (
         StopSignal() as stop,
         StepClock(run, next(model.parameters()).device) as clock,
-        checkpointer,  # on exit, waits for the last save
+        checkpointer,  # waits for the last save on exit
     ):
         log.open(state.step, state.end, state.phase)
         while state.step < state.end:
@@ -79,7 +79,7 @@ def train(
 
             signal_status = stop_status(flags.signals)
             if flags.save_failed:
-                checkpointer.wait()  # raises the error of the failed save on every rank
+                checkpointer.wait()  # raises the save's error on every rank
             state.batch_index = batch_index + 1
             if problem := state.faults.check_step(means["loss"], grad_norm, run.faults):
                 state.optimizer.zero_grad()
@@ -135,7 +135,7 @@ def skip(
 ) -> None:
     """Record a skipped step; after faults.bad_in_a_row of them, roll back to an earlier checkpoint.
 
-    Restores the scheduled settings of the last applied step, for a checkpoint saved now.
+    Restores the scheduled settings of the last applied step, so that a checkpoint saves those.
     A rollback saves its checkpoint again, with the excluded batches and the lower learning rate.
     ValueError after faults.max_rollbacks, or if the phase has no checkpoint.
     """
@@ -196,7 +196,7 @@ def backward(
     """Compute one step's gradients over its micro-batches and clip them.
 
     Returns this rank's metric sums and the global gradient norm before clipping. grad_clip: a
-    second limit; the smaller of it and run.optim.grad_clip applies.
+    second limit beside run.optim.grad_clip; the smaller limit applies.
     """
     totals: dict[str, Tensor] = {}
     for i, batch in enumerate(step.batches):
@@ -204,7 +204,7 @@ def backward(
         loss, sums = objective(model, batch)
         # FSDP sums gradients over ranks, so each rank divides by the denominator of the whole step.
         (loss / step.loss_denominator).backward()  # type: ignore[no-untyped-call]
-        for name, value in sums.items():  # batches may differ in kind
+        for name, value in sums.items():  # batches may have different metrics
             totals[name] = totals.get(name, 0) + value
     sum_expert_gradients(model)
     limit = min(run.optim.grad_clip or float("inf"), grad_clip or float("inf"))
@@ -215,7 +215,7 @@ def backward(
 def reduce(
     sums: dict[str, Tensor], loss_denominator: int, flags: StepFlags | None = None
 ) -> tuple[dict[str, float], StepFlags, Tensor | None]:
-    """Collective. Return metrics (sums over ranks / the step's loss denominator), flags and loads.
+    """Collective. Return metrics (sums over ranks / loss denominator), flags and expert loads.
 
     A returned flag is set if any rank set it. Loads: "expert_counts" over all ranks, int64 [L, E]
     on the CPU; None without experts. One all-reduce carries everything, counts exactly in float64.
@@ -263,7 +263,7 @@ def save_after_failure(
 
 
 def validate(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
-    """Evaluate the model: {"val/loss": ..., "val/<source>/bits_per_byte": ...}."""
+    """Evaluate the model; return {"val/loss": ..., "val/<source>/bits_per_byte": ...}."""
     model.eval()
     with torch.no_grad():
         results = evaluate(model)

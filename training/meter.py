@@ -12,7 +12,7 @@ from models.speedrun_config import GPTConfig
 from training.config import RunConfig
 from training.ops.watchdog import COMPUTES, READS, HangWatchdog
 
-PEAK_FLOPS = {  # dense bf16, per GPU; the first name contained in the device's name applies
+PEAK_FLOPS = {  # dense bf16 FLOP/s per GPU; the first name that the device's name contains applies
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
@@ -24,7 +24,7 @@ PEAK_FLOPS = {  # dense bf16, per GPU; the first name contained in the device's 
 
 
 def flops_per_token(config: AnyConfig, length: int) -> float:
-    """Training FLOPs per token, by the PaLM convention.
+    """Return training FLOPs per token, by the PaLM convention.
 
     6 per matmul parameter that a token uses (of its top_k experts only), and 12 * layers * width *
     length for attention, not halved for the mask.
@@ -61,9 +61,9 @@ class Meter:
         self.waited = time.perf_counter() - self.began
 
     def stop(self, tokens: int) -> dict[str, float]:
-        """Metrics of the step that just ended, after its loss was read. tokens: of all ranks.
+        """Return the metrics of the step, once its loss has been read. tokens: of all ranks.
 
-        An optimizer step still in a GPU's queue counts toward the next step, so means are right.
+        An optimizer step still in the GPU's queue counts toward the next step; means are exact.
         """
         seconds = time.perf_counter() - self.began
         metrics = {
@@ -84,7 +84,7 @@ class Meter:
         return metrics
 
     def _gpu_utilization(self) -> dict[str, float]:
-        """Share of the last second in which the GPU ran kernels; {} between samples, on errors."""
+        """Return the share of the last second with GPU work; {} between samples or on errors."""
         self.steps += 1
         if not self.samples or self.steps % self.every:
             return {}
@@ -123,12 +123,12 @@ class StepClock:
         self.watch.begin(step, READS)
 
     def data_ready(self) -> None:
-        """The data of the step have arrived; this rank computes."""
+        """Record that the step's data have arrived; this rank computes."""
         self.watch.begin(self.step, COMPUTES)
         self.meter.data_ready()
 
     def computed(self) -> None:
-        """All ranks have passed the step's reduction; the time limit ends."""
+        """End the time limit: all ranks have passed the step's reduction."""
         self.watch.pause()
 
     def metrics(self, tokens: int) -> dict[str, float]:

@@ -22,7 +22,7 @@ from training.shard_layout import ShardLayout, local
 # Jordan's coefficients: singular values end in about 0.68 .. 1.20.
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
 # Polar Express (arXiv:2505.16932): five steps map singular values of at least 0.001 to about
-# 0.85 .. 1.14. It needs values below 1 / 1.02 (bf16 rounding); the first step includes that scale.
+# 0.85 .. 1.14. Inputs must be below 1 / 1.02 (bf16 rounding); the first step includes that scale.
 POLAR_EXPRESS = (
     (8.156554524902461 / 1.02, -22.48329292557795 / 1.02**3, 15.878769915207462 / 1.02**5),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -35,7 +35,7 @@ POLAR_EXPRESS = (
 QUINTIC12 = ((2.0, -1.5, 0.5),) * 12
 COEFFICIENTS = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC, "quintic12": QUINTIC12}
 RMS = 0.2  # RMS of an update divided by lr, about that of AdamW (arXiv:2502.16982)
-# Elements that a rank orthogonalizes at once: they fill a GPU, and need less memory than backward.
+# Elements that a rank orthogonalizes at once: enough to fill a GPU, with less memory than backward.
 ROUND = 1 << 26
 
 
@@ -64,7 +64,7 @@ def newton_schulz_flops(shape: tuple[int, ...], steps: int = len(POLAR_EXPRESS))
 def update_scale(shape: tuple[int, ...], scale: str) -> float:
     """Return the factor of an orthogonalized update of a parameter [..., rows, columns].
 
-    rms: gives the update RMS elements, so that AdamW's lr fits (arXiv:2502.16982).
+    rms: the update gets the RMS of an AdamW update, so AdamW's lr applies (arXiv:2502.16982).
     spectral: Jordan's max(1, rows / columns)^0.5, for an lr of about 0.02.
     """
     rows, columns = shape[-2:]
@@ -72,7 +72,7 @@ def update_scale(shape: tuple[int, ...], scale: str) -> float:
 
 
 def second_moment_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of NorMuon's second moment: one number per row, or per column if wide."""
+    """Return the shape of NorMuon's second moment: per row, or per column of a wide matrix."""
     *stack, rows, columns = shape
     return (*stack, rows, 1) if rows >= columns else (*stack, 1, columns)
 
@@ -93,13 +93,13 @@ def normalizer(squares: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for parameter groups with "muon": True, torch's fused AdamW for the other groups.
 
-    By default Muon's updates are scaled to AdamW's RMS (see update_scale), so both share `lr` and
-    decoupled `weight_decay`. A parameter [n, rows, columns] of a Muon group is n matrices.
+    By default Muon's updates are scaled to AdamW's RMS (see update_scale), so both optimizers share
+    `lr` and decoupled `weight_decay`. A parameter [n, rows, columns] of a Muon group is n matrices.
     Parameters are plain tensors or FSDP2's DTensors; with DTensors, step() is collective.
     coefficients and dtype apply to the Newton-Schulz steps; the default dtype is bfloat16 on a GPU
     and float32 on a CPU. normuon_beta2: decay of NorMuon's second moment; 0 turns NorMuon off.
     cautious, adam_every: see AdamW; cautious applies to the Muon groups, too. A Muon group with
-    "hyperball": True has MuonH (hyperball.py): no weight decay, and `scale` has no effect. Raises
+    "hyperball": True has MuonH (hyperball.py): no weight decay, and `scale` has no effect.
     ValueError if a Muon group has a parameter that is not a matrix or a stack of matrices.
     """
 
@@ -148,7 +148,7 @@ class Muon(torch.optim.Optimizer):
             rounds = list(self._rounds(group))
             stages = [_Round.collect, _Round.orthogonalize, _Round.spread]
             stages += [_Round.measure, _Round.project] if group.get("hyperball") else [_Round.apply]
-            # A pipeline: one round computes while the rounds before and after it communicate.
+            # Pipeline: one round computes while the previous and the next round communicate.
             for tick in range(len(rounds) + len(stages) - 1):
                 for lag, stage in enumerate(stages):
                     if 0 <= tick - lag < len(rounds):
@@ -163,7 +163,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[matrix]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(matrix)
-                if self.normuon_beta2:  # small, so every rank has it whole
+                if self.normuon_beta2:  # small, so every rank holds a full copy
                     shape = second_moment_shape(matrix.shape)
                     state["second_moment"] = torch.zeros(shape, device=matrix.device)
         if group.get("hyperball"):
@@ -187,7 +187,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def balance(shapes: list[tuple[int, ...]], ranks: int) -> list[int]:
-    """Return the owner rank of each matrix: most FLOPs first, each to the least loaded rank."""
+    """Return the owner rank of each matrix: largest first, each to the least loaded rank."""
     loads, owners = [0] * ranks, [0] * len(shapes)
     for i in sorted(range(len(shapes)), key=lambda i: (-newton_schulz_flops(shapes[i]), shapes[i])):
         owners[i] = loads.index(min(loads))
@@ -222,7 +222,7 @@ class _Round:
         self.squares_size = squares * 4 // self.dtype.itemsize  # elements of dtype per update
         self.work: dist.Work | None = None  # the pending collective
         self.data: Tensor  # its output
-        self.updates: list[tuple[Tensor, Tensor]]  # of measure
+        self.updates: list[tuple[Tensor, Tensor]]  # output of measure
 
     def collect(self) -> None:
         momentum, size, nesterov = self.group["momentum"], self._numel(), self.optimizer.nesterov
@@ -249,12 +249,13 @@ class _Round:
         )
         updates = orthogonalize(matrices.flatten(0, -3), self.optimizer.coefficients)
         updates = updates.view(matrices.shape)
-        parts = [block.flatten(1) for block in updates.split(rows, 1)]
+        outputs = [block.flatten(1) for block in updates.split(rows, 1)]
         if self.squares_size:
             wide = self.shape[-2] < self.shape[-1]
             squares = updates.float().square().mean(-2 if wide else -1)
-            parts = [torch.cat([part, squares.flatten(1).view(self.dtype)], 1) for part in parts]
-        self._exchange(torch.cat([part.flatten() for part in parts]), to_owners=False)
+            squares_as_dtype = squares.flatten(1).view(self.dtype)
+            outputs = [torch.cat([block, squares_as_dtype], 1) for block in outputs]
+        self._exchange(torch.cat([block.flatten() for block in outputs]), to_owners=False)
 
     def spread(self) -> None:
         self.data = self._wait()

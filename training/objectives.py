@@ -25,7 +25,7 @@ Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 def _next_token(
     model: nn.Module, batch: Batch, z_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    rows = batch.rows if len(batch.rows) else None  # numbered by loaders
+    rows = batch.rows if len(batch.rows) else None  # set by loaders
     losses = model(batch.tokens, batch.targets, batch.doc_ids, rows)
     loss, sums = token_loss_sum(losses, z_weight)
     if losses.router is None:
@@ -36,7 +36,7 @@ def _next_token(
 
 
 def next_token(z_weight: float) -> Objective:
-    """Cross-entropy of the next token within its document, plus z-loss and the routers' losses."""
+    """Return next-token cross-entropy within documents, plus z-loss and the routers' losses."""
     return partial(_next_token, z_weight=z_weight)
 
 

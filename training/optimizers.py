@@ -1,4 +1,4 @@
-"""Parameter groups by role, and the optimizers over them."""
+"""Parameter groups by role, and their optimizers."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from training.muon import COEFFICIENTS, Muon
 
 # Roles of parameters, in the order of the optimizer's groups.
 GROUPS = ("matrices", "embedding", "head", "vectors", "value_embeddings")
-DECAYED = ("matrices", "head")  # groups with weight decay, or Hyperball, by default
+DECAYED = ("matrices", "head")  # groups with weight decay or Hyperball by default
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GroupConfig:
     beta2: Fraction | None = None  # AdamW's decay of the second moment
     eps: PositiveFloat | None = None  # AdamW's, added to the root of the second moment
     weight_decay: NonNegativeFloat | None = None  # default: 0 except for matrices and head
-    hyperball: bool | None = None  # constant norms, as optim.hyperball; matrices and head only
+    hyperball: bool | None = None  # constant norms, see optim.hyperball; matrices and head only
 
     def __post_init__(self) -> None:
         check_fields(self, "optim.groups")
@@ -46,7 +46,7 @@ class OptimConfig:
     weight_decay: NonNegativeFloat = 0.1  # decoupled, on matrices and head
     grad_clip: NonNegativeFloat = 1.0  # maximum global gradient norm; 0: no clipping
     z_weight: NonNegativeFloat = 1.0e-4  # weight of the mean squared logsumexp of the logits
-    # Group (matrices, embedding, head, vectors, value_embeddings) -> settings that differ.
+    # Group (matrices, embedding, head, vectors, value_embeddings) -> its different settings.
     groups: dict[str, GroupConfig] = field(default_factory=dict)
     cautious_decay: bool = False  # decay only weights that the update shrinks, arXiv:2510.12402
     adam_every: PositiveInt = 1  # steps between updates of AdamW's groups beside Muon
@@ -59,7 +59,7 @@ class OptimConfig:
     muon_dtype: Annotated[str, one_of("auto", *DTYPES)] = "auto"
     normuon_beta2: Fraction = 0.0  # decay of NorMuon's second moment, arXiv:2510.05491; 0: off
     # Constant norms of matrices and head in place of weight decay: AdamH, or MuonH for matrices
-    # with name=muon (arXiv:2606.16899). The rate is that of an update relative to its matrix.
+    # with name=muon (arXiv:2606.16899). lr is then the norm of an update relative to its matrix.
     hyperball: bool = False
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class OptimConfig:
         self._check_hyperball()
 
     def _check_hyperball(self) -> None:
-        """ValueError for settings that Hyperball makes void, and for groups that it cannot have."""
+        """ValueError for settings without effect under Hyperball, and for unsupported groups."""
         for name, group in self.groups.items():
             if group.hyperball and name not in DECAYED:
                 raise ValueError(
@@ -114,30 +114,30 @@ class OptimConfig:
             )
 
     def decays(self) -> bool:
-        """Whether any group has weight decay."""
+        """True if any group has weight decay."""
         return any(group_settings(self, name)["weight_decay"] for name in GROUPS)
 
     def uses_hyperball(self, group: str) -> bool:
-        """Whether Hyperball updates the parameters of a group."""
-        own = self.groups[group].hyperball if group in self.groups else None
-        return group in DECAYED and (self.hyperball if own is None else own)
+        """Return True if Hyperball updates the parameters of a group."""
+        override = self.groups[group].hyperball if group in self.groups else None
+        return group in DECAYED and (self.hyperball if override is None else override)
 
 
 def group_of(name: str, parameter: Tensor) -> str:
     """Return the group of a parameter: one of GROUPS.
 
-    embedding: the input embedding, also if it is the head, too. value_embeddings: any other table
-    of tokens or positions. vectors: norms, biases, scalars, gates and routers. matrices: all
-    others, also stacks of matrices [n, rows, columns].
+    embedding: the input embedding, including a tied head. value_embeddings: any other table of
+    tokens or positions. vectors: norms, biases, scalars, gates and routers. matrices: all other
+    parameters, including stacks of matrices [n, rows, columns].
     """
-    parts = name.split(".")
-    if parameter.ndim < 2 or any(part.endswith(("gate", "lambdas", "router")) for part in parts):
+    words = name.split(".")
+    if parameter.ndim < 2 or any(word.endswith(("gate", "lambdas", "router")) for word in words):
         return "vectors"
-    if "embed_tokens" in parts:
+    if "embed_tokens" in words:
         return "embedding"
-    if "lm_head" in parts:
+    if "lm_head" in words:
         return "head"
-    if any("embed" in part for part in parts):
+    if any("embed" in word for word in words):
         return "value_embeddings"
     return "matrices"
 
@@ -145,7 +145,7 @@ def group_of(name: str, parameter: Tensor) -> str:
 def group_settings(config: OptimConfig, name: str) -> dict[str, Any]:
     """Return the settings of a parameter group in the form of torch's param_groups.
 
-    lr_factor: of the scheduled learning rate. lr: that of a run without a schedule.
+    lr_factor: factor of the scheduled learning rate. lr: learning rate without a schedule.
     """
     group = config.groups.get(name, GroupConfig())
     decay = group.weight_decay
@@ -170,10 +170,10 @@ def group_settings(config: OptimConfig, name: str) -> dict[str, Any]:
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Return the model's parameters by role, in the order of GROUPS, without empty groups.
 
-    Raises ValueError if config.groups has a group that the model lacks.
+    ValueError if config.groups has a group that the model lacks.
     """
     members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
-    for name, parameter in model.named_parameters():  # a tied head occurs once
+    for name, parameter in model.named_parameters():  # a tied head is listed once
         members[group_of(name, parameter)].append(parameter)
     members = {name: parameters for name, parameters in members.items() if parameters}
     for name in config.groups:
@@ -195,7 +195,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return fused AdamW, or Muon with AdamW, over parameter_groups.
 
-    dtype: of Newton-Schulz if config.muon_dtype is auto; None: as Muon chooses.
+    dtype: of Newton-Schulz if config.muon_dtype is auto; None: Muon's default.
     Collective with Hyperball and sharded parameters. ValueError if Hyperball has a zero matrix.
     """
     groups = parameter_groups(model, config)
@@ -220,7 +220,7 @@ def build_optimizer(
 
 
 def _check_norms(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Collective. ValueError if a matrix that Hyperball updates is 0, which its norm would stay."""
+    """Collective. ValueError if Hyperball would update a zero matrix, whose norm is constant."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for group in groups:
         if not group.get("hyperball"):

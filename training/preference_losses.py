@@ -64,16 +64,16 @@ class DPOConfig:
 
 
 def answer_logps(model: nn.Module, batch: Any) -> Tensor:
-    """fp32 log-probabilities of answers [2n]: n chosen, then n rejected.
+    """Return fp32 log-probabilities of answers [2n]: n chosen, then n rejected.
 
-    It gathers instead of scattering, which makes the order of additions deterministic on a GPU.
+    Gathering instead of scattering makes the order of additions deterministic on a GPU.
     """
     nll = model(batch.tokens, batch.targets, batch.doc_ids).nll.flatten()
     return -torch.cat([nll, nll.new_zeros(1)])[batch.answer_positions].sum(1)
 
 
 def pair_losses(config: DPOConfig, ratios: Tensor, lengths: Tensor) -> Tensor:
-    """Loss of each pair [n].
+    """Return the loss of each pair [n].
 
     ratios: log-ratios to the reference; lengths: tokens; both [2, n], chosen and rejected.
     sigmoid (arXiv:2305.18290; label_smoothing: cDPO, ericmitchell.ai/cdpo.pdf), sigmoid_norm (per
@@ -124,7 +124,7 @@ def _preference(
 def _metric_sums(
     config: DPOConfig, logps: Tensor, ratios: Tensor, lengths: Tensor, counted: Tensor
 ) -> dict[str, Tensor]:
-    """Metric sums over pairs. Equal rewards count as wrong, as in TRL."""
+    """Return metric sums over pairs. Equal rewards count as wrong, as in TRL."""
     rewards = config.beta * (ratios / lengths if config.loss == "simpo" else ratios)
     of_pairs = {
         "rewards/chosen": rewards[0],
@@ -146,9 +146,9 @@ def _metric_sums(
 
 
 def preference(config: DPOConfig) -> Objective:
-    """The objective of a preference loss, with its metrics.
+    """Return the objective of a preference loss, with its metrics.
 
-    The routers' losses of a mixture of experts are not part of it, and their biases stay.
+    It excludes the router losses of a mixture of experts and leaves router biases unchanged.
     """
     return partial(_preference, config=config)
 
@@ -176,9 +176,9 @@ def evaluate_pairs(
     sources: Mapping[str, tuple[list[Any], int]],
     all_reduce_sum: Callable[[Tensor], Tensor],
 ) -> dict[str, dict[str, float]]:
-    """Means of the objective's metrics by source, and over all pairs as "all".
+    """Return the means of the objective's metrics by source, and over all pairs as "all".
 
-    sources: batches of this rank, and number of pairs over all ranks. all_reduce_sum: over ranks.
+    sources: name -> (this rank's batches, pairs over all ranks). all_reduce_sum: over ranks.
     """
     device = next(model.parameters()).device
     results: dict[str, dict[str, float]] = {}

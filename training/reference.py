@@ -39,7 +39,7 @@ class ReferenceLogps:
     """
 
     def __init__(self, path: Path, inputs: dict[str, str], sizes: dict[str, int]):
-        """Read the file if it exists; raise ValueError if it is damaged or has other inputs."""
+        """Read the file if it exists; ValueError if it is damaged or has other inputs."""
         self.path, self.inputs = path, inputs
         cached = run_on_rank0(lambda: _read(path, inputs))
         self.values = {name: torch.full((size, 2), torch.nan) for name, size in sizes.items()}
@@ -48,7 +48,7 @@ class ReferenceLogps:
                 self.values[name] = values
 
     def lookup(self, split: str, names: list[PairKey], batch: Any = None) -> Tensor:
-        """Return [2n] log-probabilities: the n chosen answers, then the n rejected ones."""
+        """Return log-probabilities [2n]: n chosen answers, then n rejected answers."""
         return torch.stack(
             [self.values[f"{split}/{name}"][index] for name, index in names]
         ).T.flatten()
@@ -62,8 +62,8 @@ class ReferenceLogps:
         """Compute and save the missing pairs of all steps; return their number. Collective.
 
         model: builds the reference model; called only if pairs are missing, freed at the end.
-        steps: by split, each step's pairs over all ranks and a function that yields this rank's
-        batches with their pairs.
+        steps: split -> for each step, its pairs over all ranks and a function that yields this
+        rank's batches with their pairs.
         """
         computed, batches = 0, 0
         reference: nn.Module | None = None
@@ -121,7 +121,7 @@ def _write(path: Path, inputs: dict[str, str], values: dict[str, Tensor]) -> Non
         path.parent, size, "the file of reference log-probabilities (dpo.reference_cache)"
     )
     remove_stale(path.parent)
-    folder = temporary(path)  # safetensors writes a file with a random name first
+    folder = temporary(path)  # safetensors first writes a file with a random name
     try:
         folder.mkdir()
         header = {"made_of": json.dumps(inputs), "sha256": _sha256(values)}
@@ -182,7 +182,7 @@ def build_reference(
 
 
 def sharded(model: NanoLlama, run: RunConfig, device: torch.device) -> nn.Module:
-    """Wrap a reference model like the policy: the two compute bit-identical results."""
+    """Shard a reference model like the policy, so that both compute bit-identical results."""
     model.attention, model.compile_head = run.parallel.attention, run.parallel.compile
     return wrap_model_fsdp(model, run.parallel, device)
 

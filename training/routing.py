@@ -1,4 +1,4 @@
-"""What follows a step of a mixture of experts: biases, metrics, and warnings about idle experts."""
+"""After each step of a mixture of experts: bias updates, metrics, warnings about idle experts."""
 
 import re
 
@@ -8,19 +8,19 @@ from torch import Tensor, nn
 from models.moe import MoE
 from training.logger import Log
 
-STARVED = 0.01  # an expert with less than this part of an equal share is starved
-SHORT = 1000  # a phase of more steps logs loads every log.every steps, not every step
-PATIENCE = 100  # steps in a row before a starved expert is named
+STARVED = 0.01  # an expert with less than this fraction of an equal share is starved
+SHORT = 1000  # longer phases log loads every log.every steps, not every step
+PATIENCE = 100  # steps in a row before a warning about a starved expert
 
 
 class Routing:
-    """The routers of a model during training. Of a dense model, it does nothing."""
+    """The routers of a model during training. For a dense model, methods do nothing."""
 
     def __init__(self, model: nn.Module, log: Log, steps: int = 0):
-        """steps: of the phase."""
+        """steps: steps of the phase."""
         mixtures = {n: module for n, module in model.named_modules() if isinstance(module, MoE)}
         self.layers = list(mixtures.values())
-        # Their numbers in the model, from names such as layers.3.mlp.
+        # Layer numbers, from names such as layers.3.mlp.
         self.numbers = [int((re.findall(r"\d+", name) or [0])[0]) for name in mixtures]
         self.log, self.every = log, log.config.every if steps > SHORT else 1
         self.starved_steps: Tensor | None = None  # [L, E] steps in a row
@@ -30,14 +30,14 @@ class Routing:
         """Update the biases, and return metrics of an applied step.
 
         loads: tokens of each expert over all micro-batches and ranks, int64 [L, E] on the CPU; None
-        without experts. Metrics: expert_load [L][E], 1 for an equal share, not in every row;
-        max_violation, the mean over layers of the largest load - 1 (arXiv:2408.15664).
+        without experts. Metrics: expert_load [L][E], 1 for an equal share, not logged at every
+        step; max_violation, the mean over layers of the largest load - 1 (arXiv:2408.15664).
         """
         if loads is None:
             return {}
         for layer, counts in zip(self.layers, loads, strict=True):
             if (bias := layer.router.bias) is not None:
-                # Exact: the sign of mean load - load, from integers.
+                # From integers, so the sign of mean load - load is exact.
                 below = (counts.sum() - counts * len(counts)).sign()
                 bias += layer.config.bias_rate * below.to(bias.device)
         metrics: dict[str, float | list[list[float]]] = {}
@@ -49,7 +49,7 @@ class Routing:
         return metrics
 
     def _warn(self, step: int, starved: Tensor) -> None:
-        """Name experts that were starved for PATIENCE steps in a row; a resume counts anew."""
+        """Warn about experts starved for PATIENCE steps in a row; a resume restarts the count."""
         before = torch.zeros_like(starved, dtype=torch.int64)
         before = before if self.starved_steps is None else self.starved_steps
         self.starved_steps = (before + 1) * starved

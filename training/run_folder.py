@@ -25,7 +25,7 @@ LOCK_TIMEOUT = 5.0  # seconds to wait for a process that is exiting
 
 @contextmanager
 def locked(*folders: Path) -> Iterator[None]:
-    """Hold the lock of each folder; ValueError names the process that holds one already.
+    """Hold the lock of each folder; ValueError names a process that already holds one.
 
     The kernel releases a lock when its process ends, even if killed.
     """
@@ -73,8 +73,8 @@ def claim(run: RunConfig, source: Path | None) -> str:
     """Record that checkpoint and log folders belong to this run.
 
     Returns a message if the metrics of an ended run were renamed, else "". source: step folder that
-    the run continues from; None for a new run. ValueError if the log folder belongs to another run,
-    or to this phase in another folder, whose checkpoints still exist.
+    the run continues from; None for a new run. ValueError if the log folder belongs to another run
+    (or to this phase in another folder) whose checkpoints still exist.
     """
     folder, record = run.checkpoints.resolve(), _read(run.logs)
     earlier = [
@@ -103,7 +103,7 @@ def claim(run: RunConfig, source: Path | None) -> str:
             "well as another output_dir"
         )
     elif not record and source is None:
-        message = _rename_metrics(run.logs)  # of a version without run.json
+        message = _rename_metrics(run.logs)  # an older version, without run.json
     content = {"id": identity, "run": run.run, "folders": {**folders, run.phase: str(folder)}}
     write_json(run.logs / IDENTITY, content)
     write_json(run.checkpoints / IDENTITY, {**content, "folders": {run.phase: str(folder)}})

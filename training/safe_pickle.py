@@ -61,7 +61,7 @@ OPCODE_NAMES = """
 """
 OPCODES = [vars(pickle)[name] for name in OPCODE_NAMES.split()]
 
-PythonUnpickler: Any = vars(pickle)["_Unpickler"]  # the C unpickler cannot refuse single opcodes
+PythonUnpickler: Any = vars(pickle)["_Unpickler"]  # the C unpickler cannot reject opcodes
 
 
 class _Unpickler(PythonUnpickler):
@@ -79,7 +79,7 @@ class _Unpickler(PythonUnpickler):
         raise ValueError("it uses a pickle operation that is not part of a checkpoint's index")
 
     def load_build(self) -> None:
-        if isinstance(self.stack[-2], type):  # would set attributes of a torch class
+        if isinstance(self.stack[-2], type):  # BUILD on a torch class would set its attributes
             self.refuse()
         super().load_build()
 
@@ -110,7 +110,7 @@ class _Unpickler(PythonUnpickler):
 def read_index(state: Path) -> Metadata:
     """Return the index (`.metadata`) of a state/ folder.
 
-    Raises ValueError if the file is damaged or is not a valid index.
+    ValueError if the file is damaged or is not a valid index.
     """
     path = state / ".metadata"
     try:
@@ -216,7 +216,7 @@ def _check_tensor(
 
 
 class SafeReader(dcp.FileSystemReader):
-    """torch's FileSystemReader with the index from `read_index`, which may raise ValueError."""
+    """torch's FileSystemReader with an index from `read_index`; ValueError if it is invalid."""
 
     def __init__(self, state: Path):
         super().__init__(state)
@@ -240,7 +240,7 @@ class SafePlanner(dcp.DefaultLoadPlanner):
                 "use another copy of the checkpoint"
             ) from error
         plain = io.BytesIO()
-        torch.save(content, plain)  # the base class unpickles again, now from a safe copy
+        torch.save(content, plain)  # the base class unpickles this safe copy
         plain.seek(0)
         super().load_bytes(read_item, plain)
 
@@ -250,13 +250,13 @@ def load(
 ) -> None:
     """Run dcp.load of a state/ folder into `tensors`; collective unless no_dist.
 
-    reader: reads the index once for several loads. Raises ValueError if the checkpoint is invalid
-    on any rank.
+    reader: reads the index once for several loads. ValueError if the checkpoint is invalid on any
+    rank.
     """
     try:
         reader = reader or SafeReader(state)
         dcp.load(tensors, storage_reader=reader, planner=SafePlanner(), no_dist=no_dist)
-    except CheckpointException as error:  # wraps the error of any rank
+    except CheckpointException as error:  # wraps an error of any rank
         cause = next(cause for cause, _ in error.failures.values())
         first_line = str(cause).strip().split("\n")[0][:300]
         text = (

@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from training.state import State
 
 
-# Fraction of the way from the peak to min_lr, at fraction x of the decay. power: decay_power.
+# Fraction of the drop from the peak to min_lr, at fraction x of the decay. power: decay_power.
 DECAYS: dict[str, Callable[[float, float], float]] = {
     "linear": lambda x, power: x,
     "cosine": lambda x, power: (1 - math.cos(math.pi * x)) / 2,
     "1-sqrt": lambda x, power: math.sqrt(x),
-    "power": lambda x, power: 1 - (1 - x) ** power,  # as torch's PolynomialLR
+    "power": lambda x, power: 1 - (1 - x) ** power,  # like torch's PolynomialLR
 }
 
 
@@ -110,7 +110,7 @@ class OptimizerSchedule(WSDScheduler):
 
     `WSDScheduler(optimizer, warmup_steps, stable_steps, decay_steps)` returns it.
     The peak of a parameter group is its learning rate at construction, which sets the rates of the
-    first update. Call step() after optimizer.step() to set those of the next.
+    first update. Call step() after optimizer.step() to set the next rates.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class OptimizerSchedule(WSDScheduler):
         peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
         super().__init__(config, peaks[0])
         self.optimizer, self.rates = optimizer, [WSDScheduler(config, peak) for peak in peaks]
-        self.last_epoch = 0  # updates made, by torch's name
+        self.last_epoch = 0  # updates made; the name is torch's
         self._set()
 
     def step(self) -> None:
@@ -152,7 +152,7 @@ class OptimizerSchedule(WSDScheduler):
         self._set()
 
 
-NEEDS = {  # what a model or loader may lack
+NEEDS = {  # requirements that a model or loader may not meet
     **dict.fromkeys(WINDOWS, "a model with attention windows"),
     **dict.fromkeys(OF_LOADER, "a loader whose batches change over the steps"),
     "softcap": "a model with a softcap",
@@ -164,18 +164,18 @@ Setter = Callable[[float], None]
 class Schedule(NamedTuple):
     """One setting that changes over the steps."""
 
-    name: str  # in metrics.jsonl
-    value: Callable[[int], float]  # updates made so far -> value for the next update
+    name: str  # name in metrics.jsonl
+    value: Callable[[int], float]  # number of updates so far -> value for the next update
     apply: Callable[[float], None]  # sets it on the model or the optimizer
 
 
 def run_schedules(
     run: "RunConfig", state: "State", by_loader: Collection[str] = ()
 ) -> list[Schedule]:
-    """The schedules of a phase: learning rate, rope theta if it has a range, and run.schedules.
+    """Return the schedules of a phase: learning rate, a rope theta range, and run.schedules.
 
-    by_loader: names that the loader applies itself; they are listed to be logged. ValueError if the
-    model, the optimizer or the loader of this run lacks a scheduled setting.
+    by_loader: names that the loader applies itself; they are included only for logging. ValueError
+    if the model, the optimizer or the loader of this run lacks a scheduled setting.
     """
     rate = WSDScheduler(run.schedule, run.optim.lr)
     first, last = run.theta_range
@@ -186,11 +186,11 @@ def run_schedules(
 
     # A rollback lowers lr_scale, which the checkpoint keeps.
     schedules = [
-        *_curve_schedules(run, state, by_loader),  # before lr, which uses the groups' factors
+        *_curve_schedules(run, state, by_loader),  # precedes lr, which uses the groups' factors
         Schedule("lr", lambda step: rate(step) * state.faults.lr_scale, set_rate),
     ]
     if first != last:
-        assert isinstance(state.model, NanoLlama)  # SpeedrunRun allows one value only
+        assert isinstance(state.model, NanoLlama)  # SpeedrunRun allows only one value
         phase = state.phase_start, state.phase_end
         theta = Schedule(
             "rope_theta",
@@ -204,11 +204,11 @@ def run_schedules(
 def _curve_schedules(
     run: "RunConfig", state: "State", by_loader: Collection[str]
 ) -> list[Schedule]:
-    """One Schedule for each entry of run.schedules."""
+    """Return one Schedule for each entry of run.schedules."""
     curves = {name: curve.over(run.schedule.total_steps) for name, curve in run.schedules.items()}
     setters = _setters(run.optim, state, [*curves]) | {name: lambda _: None for name in by_loader}
     schedules = []
-    for name in SCHEDULED:  # in the order of WINDOWS and MULTI_TOKEN, which _together relies on
+    for name in SCHEDULED:  # _together relies on the order of WINDOWS and MULTI_TOKEN
         if (curve := curves.get(name)) is None:
             continue
         if name not in setters:
@@ -222,16 +222,16 @@ def _curve_schedules(
 
 @dataclass(frozen=True)
 class WholeNumbers:
-    """A curve, rounded, as a function of the step."""
+    """A curve rounded to whole numbers, as a function of the step."""
 
-    curve: Curve  # over steps
+    curve: Curve  # with points in steps
 
     def __call__(self, step: int) -> int:
         return self.curve.rounded(step)
 
     @property
     def definition(self) -> str:
-        """Text that differs for every other curve."""
+        """Text that identifies the curve."""
         points = [(float(step), float(value)) for step, value in self.curve.points]
         return f"{self.curve.shape}{points}"
 
@@ -243,7 +243,7 @@ class RowsOfStep:
     ValueError for a step of the phase whose tokens are not whole rows.
     """
 
-    tokens: WholeNumbers  # of a step of the whole run
+    tokens: WholeNumbers  # tokens of a step of the whole run
     start: int  # the phase's first step
     steps: int  # of the phase
     length: int  # tokens of a row
@@ -266,7 +266,7 @@ class RowsOfStep:
 def of_step(run: "RunConfig", name: str, constant: int) -> int | WholeNumbers:
     """Return a scheduled whole number as a function of the step; `constant` if not scheduled.
 
-    For settings of a loader, OF_LOADER.
+    For the loader's settings (OF_LOADER).
     """
     curve = run.schedules.get(name)
     return constant if curve is None else WholeNumbers(curve.over(run.schedule.total_steps))
@@ -295,7 +295,7 @@ def tokens_of_steps(run: "RunConfig", begin: int, end: int) -> int:
 
 
 def _setters(optim: OptimConfig, state: "State", names: list[str]) -> dict[str, Setter]:
-    """Functions that set the scheduled settings which this model and optimizer have."""
+    """Return functions that set the scheduled settings of this model and optimizer."""
     model: Any = state.model
     groups: dict[str, Any] = {
         group.get("name", ""): group for group in state.optimizer.param_groups
@@ -343,7 +343,7 @@ def _setters(optim: OptimConfig, state: "State", names: list[str]) -> dict[str, 
 
 
 def _together(names: Sequence[str], apply: Callable[[dict[str, float]], None]) -> dict[str, Setter]:
-    """Setters of several names for one function of all their values, called with the last."""
+    """Return setters of several names; setting the last name calls `apply` with all values."""
     values: dict[str, float] = {}
 
     def set_value(name: str, value: float) -> None:
@@ -355,7 +355,7 @@ def _together(names: Sequence[str], apply: Callable[[dict[str, float]], None]) -
 
 
 def theta_at(first: float, last: float, step: int, phase_start: int, phase_end: int) -> float:
-    """Rope theta of the update with 0-based index `step`: log-linear over the phase."""
+    """Return rope theta of the update with 0-based index `step`: log-linear over the phase."""
     fraction = max(0, step - phase_start) / max(1, phase_end - phase_start - 1)
     return first * (last / first) ** fraction
 

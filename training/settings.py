@@ -19,7 +19,7 @@ from yaml_file import parse_yaml, read_yaml_file
 ROOT = Path(__file__).resolve().parent.parent
 MAX_EXTENDS = 100
 Kind = TypeVar("Kind")
-CONFIG_KINDS = {  # key that only one kind of config has -> that kind and its command
+CONFIG_KINDS = {  # key of only one kind of config -> that kind and its command
     "phases": "a plan; give it to scripts.pipeline --plan",
     "chat": "a config of fine-tuning; give it to train_sft.py",
     "preferences": "a config of preference alignment; give it to train_dpo.py",
@@ -78,10 +78,10 @@ def apply_overrides(
 
 
 class NoEffect(NamedTuple):
-    """Why the config of a command may not have a setting or section."""
+    """The reason why a command rejects a setting or section."""
 
     reason: str
-    harmless: tuple[Any, ...] = ()  # accepted values, which change nothing
+    harmless: tuple[Any, ...] = ()  # values that are accepted, because they change nothing
 
 
 def _check_effect(no_effect: Mapping[str, NoEffect], values: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def _check_effect(no_effect: Mapping[str, NoEffect], values: dict[str, Any]) -> 
 
 
 def without_no_effect(no_effect: Mapping[str, NoEffect], values: dict[str, Any]) -> dict[str, Any]:
-    """Remove settings that load_settings would refuse. Changes `values`."""
+    """Remove settings that load_settings would reject. Changes `values`."""
     for key, (_, harmless) in no_effect.items():
         section, name = _section_of(key, values)
         if section.get(name) not in harmless:
@@ -104,7 +104,7 @@ def without_no_effect(no_effect: Mapping[str, NoEffect], values: dict[str, Any])
 
 
 def _section_of(key: str, values: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The section of a dotted key, {} if missing, and the last word of the key."""
+    """Return the section of a dotted key, {} if missing, and the last word of the key."""
     *sections, last = key.split(".")
     for section in sections:
         inner = values.get(section)
@@ -115,9 +115,9 @@ def _section_of(key: str, values: dict[str, Any]) -> tuple[dict[str, Any], str]:
 def _check_kind(kind: Any, values: dict[str, Any], path: str | Path) -> None:
     """ValueError if a file is the config of another command."""
     known = {field.name for field in dataclasses.fields(kind)}
-    for key, what in CONFIG_KINDS.items():
+    for key, description in CONFIG_KINDS.items():
         if key in values and key not in known:
-            raise ValueError(f"{path} is {what}")
+            raise ValueError(f"{path} is {description}")
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -128,7 +128,7 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _value(key: str, text: str, kind: Any, is_flag: bool) -> Any:
-    """The value of an override or a flag for a setting of type `kind`."""
+    """Return the value of an override or a flag for a setting of type `kind`."""
     if _optional(kind) is str:
         cleared = kind is not str and (not text or (text == "null" and not is_flag))
         return None if cleared else text
@@ -139,7 +139,7 @@ def _value(key: str, text: str, kind: Any, is_flag: bool) -> Any:
 
 
 def _setting_type(kind: Any, key: str) -> Any:
-    """The declared type of a dotted setting; None if it does not exist."""
+    """Return the declared type of a dotted setting; None if it does not exist."""
     for name in key.split("."):
         kind = _optional(kind)
         if typing.get_origin(kind) is dict:
@@ -152,14 +152,14 @@ def _setting_type(kind: Any, key: str) -> Any:
 
 
 def _optional(kind: Any) -> Any:
-    """X of X | None; any other type as it is."""
+    """Return X for X | None; other types are returned unchanged."""
     if type(None) in typing.get_args(kind):
         return next(k for k in typing.get_args(kind) if k is not type(None))
     return kind
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a YAML file merged over the one it `extends` (a path relative to it).
+    """Read a YAML file, merged over the file that it `extends` (a path relative to it).
 
     Sections are merged key by key. A relative path that does not exist in the working folder is
     read from the project's folder.
@@ -225,27 +225,27 @@ def _make(kind: Any, value: Any, name: str) -> Any:
 
 
 def _joined(kind: Any, entries: dict[Any, Any]) -> dict[Any, Any]:
-    """The entries of a section with dotted names, {"a": {"b": {...}}}, as {"a.b": {...}}."""
+    """Flatten a section with dotted names, {"a": {"b": {...}}}, to {"a.b": {...}}."""
     if not getattr(kind, "DOTTED_NAMES", False):
         return entries
     joined: dict[Any, Any] = {}
     for name, value in entries.items():
-        parts = {name: value}
+        flat = {name: value}
         if isinstance(value, dict) and value and not value.keys() & hints(kind).keys():
-            parts = {f"{name}.{key}": inner for key, inner in value.items()}
-        for part, inner in parts.items():
-            both = isinstance(inner, dict) and isinstance(joined.get(part), dict)
-            joined[part] = {**joined[part], **inner} if both else inner
+            flat = {f"{name}.{key}": inner for key, inner in value.items()}
+        for key, inner in flat.items():
+            both = isinstance(inner, dict) and isinstance(joined.get(key), dict)
+            joined[key] = {**joined[key], **inner} if both else inner
     return joined
 
 
 def _plain(kind: Any) -> Any:
-    """A type without its range."""
+    """Return a type without its range."""
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
 
 
 def _number(value: int | float | str) -> int | float:
-    """A number, also from text, since YAML reads 3e-4 as text; NaN if invalid or too large."""
+    """Parse a number or its text, since YAML reads 3e-4 as text; NaN if invalid or too large."""
     try:
         if isinstance(value, str):
             value = int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
@@ -256,7 +256,7 @@ def _number(value: int | float | str) -> int | float:
 
 
 def _key(key: Any, name: str) -> str:
-    """The name of an entry, as in data.mix; YAML does not read a bare no, on or 1 as text."""
+    """Return an entry's name, as in data.mix; ValueError for a bare no, on or 1."""
     if not isinstance(key, str):
         raise ValueError(
             f"{name} has the entry {shown(key)}, which YAML does not read as text; put it in quotes"
@@ -265,7 +265,7 @@ def _key(key: Any, name: str) -> str:
 
 
 def _text(value: str, name: str) -> str:
-    """The text; ValueError if a path, a log or a config cannot contain it."""
+    """Return the text; ValueError if a path, a log or a config cannot contain it."""
     if "\0" in value or (
         not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value)
     ):

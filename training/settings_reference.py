@@ -1,7 +1,7 @@
 """Reference of settings: type, default, allowed values and meaning, read from the dataclasses.
 
-The meaning of a setting is the comment above its field, or at the end of the field's line; that of
-a section is the first paragraph of its dataclass's docstring. Commands print both with
+The meaning of a setting is the comment above its field or at the end of the field's line. The
+meaning of a section is the first paragraph of its dataclass's docstring. Commands print both with
 --help_settings, and scripts/settings_reference.py writes docs/settings.md.
 """
 
@@ -25,7 +25,7 @@ from ranges import NonEmpty, OneOf, Range, hints
 from training.aliases import NOTES, new_name, plain_name
 from training.settings import NoEffect
 
-ENTRY = "NAME"  # stands for the name of an entry, as in chat.sources.NAME.path
+ENTRY = "NAME"  # placeholder for the name of an entry, as in chat.sources.NAME.path
 GENERAL = "Settings outside of sections"
 TYPES = {int: ["whole number"], float: ["number"], bool: ["true", "false"], str: ["text"]}
 WIDTH = 100  # columns of --help_settings
@@ -52,7 +52,7 @@ class Section(NamedTuple):
 def add_settings(parser: CommandParser, kind: type) -> None:
     """Add overrides and --help_settings to the parser of a command with the config `kind`.
 
-    A setting that is given as a flag is an error that shows how to write it.
+    A setting written as a flag is an error; the message shows how to write it.
     """
 
     class ShowSettings(argparse.Action):
@@ -124,26 +124,26 @@ def _sections(
 
 def _dataclass_in(hint: Any) -> tuple[type | None, bool]:
     """Return the dataclass of a section, and whether the section has entries with any name."""
-    arguments = [part for part in typing.get_args(hint) if part is not NoneType]
+    arguments = [argument for argument in typing.get_args(hint) if argument is not NoneType]
     is_map = typing.get_origin(hint) is dict
     is_optional = len(arguments) == 1 and NoneType in typing.get_args(hint)
-    part = arguments[1] if is_map else arguments[0] if is_optional else hint
-    if isinstance(part, type) and dataclasses.is_dataclass(part):
-        return part, is_map
+    kind = arguments[1] if is_map else arguments[0] if is_optional else hint
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return kind, is_map
     return None, False
 
 
 def _comment(kind: type, name: str) -> str:
-    """Return the comment of a field, also of the base class that it comes from."""
+    """Return the comment of a field; an inherited field has the comment of its base class."""
     bases = (base for base in kind.__mro__ if dataclasses.is_dataclass(base))
     return next(filter(None, (_comments(base).get(name) for base in bases)), "")
 
 
 @cache
 def _comments(kind: type) -> dict[str, str]:
-    """Return the comments of the fields that a dataclass itself declares."""
+    """Return the comments of the fields that a dataclass declares, without inherited fields."""
     source = textwrap.dedent(inspect.getsource(kind))
-    ends, lines = dict[int, str](), dict[int, str]()  # at the end of code, and whole lines
+    ends, lines = dict[int, str](), dict[int, str]()  # comments after code, and comment lines
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not token.string.startswith(("# type:", "# noqa")):
             is_line = not token.line[: token.start[1]].strip()
@@ -172,9 +172,9 @@ def _types(hint: Any) -> list[str]:
     if origin is Annotated:
         return _types(arguments[0])
     if origin in (Union, UnionType):
-        parts = [part for part in arguments if part is not NoneType]
+        kinds = [kind for kind in arguments if kind is not NoneType]
         null = ["null"] * (NoneType in arguments)
-        return [word for part in parts for word in _types(part)] + null
+        return [word for kind in kinds for word in _types(kind)] + null
     if origin is tuple:
         return [f"list of {_plural(_type(arguments[0]))}"]
     if origin is dict:
@@ -207,7 +207,7 @@ def _default(field: "dataclasses.Field[Any]") -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as YAML has it."""
+    """Format a value as in YAML."""
     if isinstance(value, float):
         return f"{value:.15g}"
     if isinstance(value, (tuple, list)):
@@ -216,7 +216,7 @@ def _shown(value: Any) -> str:
 
 
 def _sentence(text: str) -> str:
-    """Return a comment as a sentence. A first word with a colon is a value and stays as it is."""
+    """Return a comment as a sentence. A first word with a colon is a value and is not changed."""
     first = text.partition(" ")[0]
     is_word = first == "default:" or first.rstrip(",;").isalpha()
     text = text[:1].upper() + text[1:] if is_word else text
@@ -226,7 +226,7 @@ def _sentence(text: str) -> str:
 def help_text(kind: type, name: str) -> str:
     """Describe the settings of a section, one setting, or with name="" all settings.
 
-    Raises ValueError for an unknown name.
+    ValueError for an unknown name.
     """
     parts, name = sections(kind), name.replace("-", "_")
     chosen = list(_chosen(parts, name))
@@ -266,7 +266,7 @@ def _paragraphs(section: Section) -> str:
 
 
 def page(kinds: Mapping[str, type]) -> str:
-    """Return docs/settings.md. kinds: command -> dataclass of its config; the first is the base."""
+    """Return docs/settings.md. kinds: command -> config dataclass; the first is the base."""
     base, *others = kinds
     shared = {setting for section in sections(kinds[base]) for setting in section.settings}
     parts = [PAGE_HEAD, f"## {base}", *map(_markdown, sections(kinds[base]))]
@@ -320,7 +320,7 @@ def _markdown(section: Section) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escape what Markdown would read as HTML or as the end of a table's cell."""
+    """Escape characters that Markdown would read as HTML or as the end of a table cell."""
     return text.replace("|", "\\|").replace("<", "\\<")
 
 

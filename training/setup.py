@@ -1,6 +1,6 @@
-"""Start of a run: process group, device, environment, and restoring or initializing its State.
+"""Start a run: process group, device, environment, and a restored or initialized State.
 
-The only module of training/ that reads os.environ.
+This is the only module of training/ that reads os.environ.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the world size, as set by torchrun; (0, 1) without it."""
+    """Return this process's rank and the world size, as set by torchrun; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -70,7 +70,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def ranks() -> Iterator[torch.device]:
-    """Join the process group of torchrun (or of one rank alone) and yield this rank's device."""
+    """Join torchrun's process group (or a group of one rank) and yield this rank's device."""
     rank, world = rank_and_world()
     terminate_with_launcher(os.environ.get(LAUNCHER))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -83,9 +83,9 @@ def ranks() -> Iterator[torch.device]:
                 f"rank {local} has no GPU: this machine has {gpus}; "
                 f"use torchrun --nproc_per_node={gpus}"
             )
-        # Rows of changing length fragment the allocator's segments.
+        # Rows of varying length fragment the allocator's segments.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        # A rank whose peer has died ends instead of waiting.
+        # A rank exits instead of waiting for a dead peer.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
         # Flight Recorder, which training/ops/watchdog.py dumps.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -96,7 +96,7 @@ def ranks() -> Iterator[torch.device]:
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    try:  # includes connecting, which fails if another rank has already ended
+    try:  # also covers connecting, which fails if another rank has already ended
         dist.init_process_group(
             backend, world_size=world, rank=rank, timeout=timedelta(minutes=60), store=store
         )
@@ -108,7 +108,7 @@ def ranks() -> Iterator[torch.device]:
             dist.barrier()
     except BaseException as error:
         if world == 1 and dist.is_initialized():
-            dist.destroy_process_group()  # with more ranks it could wait for a stuck collective
+            dist.destroy_process_group()  # with more ranks, it could wait for a stuck collective
         elif world > 1:
             exit_if_peer_lost(error, rank)
         raise
@@ -130,7 +130,7 @@ def exit_process(status: int) -> NoReturn:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile finds its compiler: C for Triton on a GPU, C++ on a CPU."""
+    """Return True if torch.compile finds its compiler: C for Triton on a GPU, C++ on a CPU."""
     variable, names = (
         ("CC", ("gcc", "clang", "cc"))
         if device.type == "cuda"
@@ -182,14 +182,14 @@ def restore_or_init(
 ) -> tuple[str, Path | None]:
     """Set `state` to the start of this run. Returns a description and the source folder, if any.
 
-    The first that exists applies:
+    The first source that exists applies:
     1. A complete checkpoint in this phase's folder: resume it.
     2. resume_from: continue with its weights, moments and step. A new phase starts at batch 0.
     3. init_from: its weights, at step 0.
     4. From scratch.
 
-    tokenizer_extended: it is that of init_from with added tokens. ValueError if the phase would not
-    begin at start_step, or if a checkpoint does not belong to this run.
+    tokenizer_extended: the tokenizer is init_from's with added tokens. ValueError if the phase
+    would not begin at start_step, or if a checkpoint does not belong to this run.
     """
     latest = checkpointer.newest()
     earlier = run_on_rank0(lambda: _find_earlier(run, required=latest is None))
@@ -269,7 +269,7 @@ def restore_or_init(
 
 
 def _find_earlier(run: RunConfig, required: bool) -> Path | None:
-    """The checkpoint of resume_from, or None; ValueError if it is required and missing."""
+    """Return the checkpoint of resume_from, or None; ValueError if it is required and missing."""
     folder = run.resume_folder
     if folder is None:
         return None
@@ -284,7 +284,7 @@ def _find_earlier(run: RunConfig, required: bool) -> Path | None:
 
 
 def _check_start(run: RunConfig, step: int, source: Path | None) -> None:
-    """ValueError if a phase begins, or began, at another step than start_step."""
+    """ValueError if a phase does not begin at start_step."""
     if run.start_step in (None, step):
         return
     if source is None:
@@ -311,9 +311,9 @@ def _check_end(run: RunConfig, state: State) -> None:
 
 
 def find_checkpoint(path: Path, required: bool) -> Path | None:
-    """`path` itself if it is a step folder, else the newest complete step folder in it.
+    """Return `path` if it is a step folder, else the newest complete step folder in it.
 
-    None if the folder has none; ValueError if it is required.
+    None if there is none; ValueError if one is required.
     """
     if (path / "config.json").is_file():
         return path
@@ -329,7 +329,7 @@ def find_checkpoint(path: Path, required: bool) -> Path | None:
 
 
 def run_summary(run: RunConfig, device: torch.device) -> str:
-    """One line on the run, with every "auto" resolved."""
+    """Describe the run in one line, with every "auto" resolved."""
     dtype = compute_dtype(run.parallel, device)
     world = dist.get_world_size()
     shape = run.data.micro_batch_size, run.data.sequence_length, run.model.hidden_size
@@ -347,13 +347,13 @@ def run_summary(run: RunConfig, device: torch.device) -> str:
 
 
 def all_reduce_sum(sums: torch.Tensor) -> torch.Tensor:
-    """Sum of a tensor over all ranks."""
+    """Collective. Sum a tensor over all ranks."""
     dist.all_reduce(sums)
     return sums
 
 
 def git_output(*arguments: str, folder: Path = ROOT) -> str:
-    """Output of git in a folder; "" without git or outside a checkout. Default: this project."""
+    """Return git's output in a folder (default: this project); "" without git or a checkout."""
     try:
         process = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True)
     except OSError:
@@ -362,7 +362,7 @@ def git_output(*arguments: str, folder: Path = ROOT) -> str:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """Code version, library versions and hardware of this run."""
+    """Return code version, library versions and hardware of this run."""
     commit, changes = (
         git_output("rev-parse", "--verify", "-q", "HEAD"),
         git_output("status", "--porcelain"),
@@ -402,5 +402,5 @@ def write_run_files(run: RunConfig, device: torch.device) -> None:
 
 
 def secrets(names: Iterable[str]) -> dict[str, str]:
-    """Read these environment variables; unset ones are omitted."""
+    """Read environment variables; unset variables are omitted."""
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def local(tensor: Any) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor itself."""
+    """Return this rank's shard of a DTensor; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -16,7 +16,7 @@ class ShardLayout(NamedTuple):
     """Placement of a matrix: FSDP2 shards its rows over `shards` ranks, in each of `replicas`.
 
     replica, shard: coordinates of this rank. The process groups are None without that dimension.
-    "Rows" are slices along the first dimension. In a stack of matrices a row is a whole matrix.
+    "Rows" are slices along the first dimension; a row of a stack of matrices is one matrix.
     """
 
     replicas: int = 1

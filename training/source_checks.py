@@ -1,6 +1,6 @@
-"""Checks that a run continues a checkpoint or a model folder as it was trained.
+"""Check that a run continues a checkpoint or a model folder with the settings it was trained with.
 
-ValueError says which setting, tokenizer or learning rate does not fit.
+ValueError names the setting, tokenizer or learning rate that differs.
 """
 
 import math
@@ -13,7 +13,7 @@ from training.checkpoint import same_tokenizer
 from training.config import PHASES_DIFFER, RunConfig, fixed, scaling_of
 from training.schedulers import ScheduleConfig, WSDScheduler
 
-# Model settings that may differ from init_from's: seen in shapes, of training, or scheduled.
+# Model settings that may differ from init_from's: visible in shapes, training-only or scheduled.
 MAY_DIFFER = (
     *("vocab_size", "intermediate_size", "kind", "moe", "init", "zero_init", "fp8_head"),
     *("multi_token_weights", "softcap", "long_window", "short_window"),
@@ -30,7 +30,7 @@ def check_rate(run: RunConfig, position: dict[str, Any]) -> None:
     }
     try:
         stable = known["total_steps"] - known["decay_steps"]
-        used = WSDScheduler(ScheduleConfig(**known), saved["peak"])(step - 1)  # by the last update
+        used = WSDScheduler(ScheduleConfig(**known), saved["peak"])(step - 1)  # of the last update
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "the learning-rate schedule in the checkpoint's trainer.json is damaged; use another "
@@ -58,7 +58,7 @@ def check_theta(run: RunConfig, source: Path, expected: float) -> None:
 
 
 def rope_scaling_change(run: RunConfig, source: Path, allowed: bool) -> str:
-    """Return how model.rope_scaling changes after `source`, or ""; ValueError if not allowed."""
+    """Describe how model.rope_scaling changes after `source`, or ""; ValueError if not allowed."""
     before, after = (scaling_of(model) or "none" for model in (read_config(source), run.model))
     if before == after:
         return ""
@@ -93,7 +93,7 @@ def check_fits(run: RunConfig, source: Path, tokenizer: Path | None) -> None:
 
 
 def check_function(run: RunConfig, base: Path) -> None:
-    """ValueError if a setting that no weight's shape shows differs from that of `base`."""
+    """ValueError if a setting that weight shapes do not show differs from `base`."""
     saved = read_config(base)
     settings = {
         f"model.{name}": (value, getattr(run.model, name))
@@ -111,7 +111,7 @@ def check_function(run: RunConfig, base: Path) -> None:
 
 
 def check_tokenizer(source: Path, tokenizer: Path | None) -> None:
-    """ValueError if a folder of weights has another tokenizer than the data."""
+    """ValueError if a model folder and the data have different tokenizers."""
     path = source / "tokenizer.json"
     if not tokenizer or not path.is_file():
         return

@@ -26,7 +26,7 @@ class BinDataConfig(DataConfig):
     bos_token: NonNegativeInt = 50_256  # first token of each document
     alignment: str = "sequential"  # bos: each row begins with a document (record 26)
     document_mask: bool = False  # tokens attend within their document (record 12)
-    max_document: PositiveInt | None = None  # longer documents are cut; with bos (record 29)
+    max_document: PositiveInt | None = None  # cuts longer documents; needs bos (record 29)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class BinValidationConfig(ValidationConfig):
 
 @dataclass(frozen=True)
 class SpeedrunRun(RunConfig):
-    """One run of the speedrun. It has one phase."""
+    """One speedrun, with a single phase."""
 
     NO_EFFECT: ClassVar[dict[str, NoEffect]] = RunConfig.NO_EFFECT | {
         "allow_rope_scaling_change": NoEffect(
@@ -89,7 +89,7 @@ class SpeedrunRun(RunConfig):
 
 
 def tokenizer_folder(run: SpeedrunRun) -> Path | None:
-    """The folder tokenizer/ beside the validation shards, or None."""
+    """Return the folder tokenizer/ beside the validation shards, or None."""
     folder = Path(run.data.val).parent / "tokenizer"
     return folder if folder.is_dir() else None
 

@@ -16,7 +16,7 @@ from training.state import State
 if TYPE_CHECKING:
     from training.config import RunConfig
 
-NO_GO = 3  # exit status, the same as that of a plan's gates
+NO_GO = 3  # exit status; a plan's gates use the same
 OFF = "null turns this check off"
 Bound = Annotated[float, above(0, hint=OFF)]
 WARM_UP = 10  # steps that throughput and GPU utilization exclude
@@ -26,7 +26,7 @@ WARM_UP = 10  # steps that throughput and GPU utilization exclude
 class StartupConfig:
     """Bounds on the first steps of a phase. None: not checked."""
 
-    # Steps of the checked window; a shorter phase is its own window; 0: no checks.
+    # Steps of the checked window; a shorter phase is checked as a whole; 0: no checks.
     steps: Annotated[int, at_least(0, hint="0 turns the checks off")] = 500
     # Maximum nats between the first loss and ln(vocabulary), in training from scratch.
     loss_margin: Bound | None = 1.0
@@ -67,10 +67,10 @@ class BoundedMetric(NamedTuple):
 
 
 def check_startup(run: "RunConfig", state: State, log: Log) -> bool:
-    """Check the first step and the end of the window. True for a no-go that is not accepted.
+    """Check the first step and the end of the window; return True for an unaccepted no-go.
 
-    Collective at these two steps; every other step costs nothing. All figures come from
-    metrics.jsonl, so a resumed run has the steps before it and checks each step once.
+    Collective at these two steps; all other steps return at once. All figures come from
+    metrics.jsonl, so a resumed run includes earlier steps and checks each step once.
     """
     done, window = state.step - state.phase_start, _window(run, state)
     checks = [check for check, step in ((_first_step, 1), (_full_window, window)) if done == step]
@@ -96,7 +96,7 @@ def check_startup(run: "RunConfig", state: State, log: Log) -> bool:
 
 
 def resolve_earlier_no_go(run: "RunConfig", state: State, log: Log) -> bool:
-    """Return True if start-up checks of an earlier command still forbid training.
+    """Return True if a no-go of an earlier command still blocks training.
 
     With startup.accept, log that the no-go is accepted, clear state.faults.no_go and return False.
     """
@@ -116,7 +116,7 @@ def _from_scratch(run: "RunConfig", state: State) -> bool:
 
 
 def _has_bound(run: "RunConfig", state: State, first: bool) -> bool:
-    """True if any bound applies. Equal on all ranks, which enter the collective together."""
+    """Return True if any bound applies; equal on all ranks, as the collective requires."""
     config, scratch = run.startup, _from_scratch(run, state)
     first_loss = scratch and config.loss_margin is not None
     falls = scratch and config.fall is not None and _window(run, state) == config.steps
@@ -125,7 +125,7 @@ def _has_bound(run: "RunConfig", state: State, first: bool) -> bool:
 
 
 def _rows(logs: Path, state: State) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl for the steps of this phase so far."""
+    """Return the rows of metrics.jsonl of this phase so far."""
     steps = range(state.phase_start + 1, state.step + 1)
     return [row for row in read_lines(logs / "metrics.jsonl") if row.get("step") in steps]
 

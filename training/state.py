@@ -12,7 +12,7 @@ from training.faults import FaultState
 
 @dataclass
 class State:
-    """Everything that a run carries from one update to the next; a checkpoint stores a copy.
+    """Everything that a run carries from one update to the next; checkpoints store it.
 
     step counts updates over the whole run. batch_index counts batches of the current phase,
     including skipped ones.
@@ -54,7 +54,7 @@ class State:
 
 
 def is_position(content: dict[str, Any]) -> bool:
-    """Whether an object has the keys and types of State.position. Older versions wrote no rate."""
+    """Return True if an object has the keys and types of State.position; `rate` may be missing."""
     expected = State(None, None, phase="").position()  # type: ignore[arg-type]
     faults = content.get("faults")
     if not isinstance(faults, dict) or not all(
@@ -71,7 +71,7 @@ def is_position(content: dict[str, Any]) -> bool:
 
 
 def _is_fault(name: str, value: Any, expected: dict[str, Any]) -> bool:
-    """Whether a saved field of FaultState has a valid type and finite numbers."""
+    """Return True if a saved field of FaultState has a valid type and finite numbers."""
     if name not in expected or (value is None and name != "grad_clip"):
         return False
     if isinstance(expected[name], str) or value is None:

@@ -1,6 +1,6 @@
 """W&B and TensorBoard: metrics, evaluations, gates and chat samples of a run, in grouped charts.
 
-`wandb.json` in a log folder names its W&B run. Every command that logs to the folder continues this
+`wandb.json` in a log folder names its W&B run. All commands that log to the folder continue this
 run: restarts, later phases, and a plan's evaluations.
 """
 
@@ -16,7 +16,7 @@ from yaml_file import read_yaml_file
 
 RUN_FILE, URLS, BOARD = "wandb.json", "wandb_run_urls.txt", "tensorboard"
 SAMPLES = "samples.jsonl"  # written by evals/samples.py
-MAX_SAMPLES = 200  # rows of the samples table, the newest
+MAX_SAMPLES = 200  # newest rows in the samples table
 LOCAL_MODES = ("offline", "dryrun", "disabled")  # values of WANDB_MODE that need no login
 # Names of charts. Keys of metrics.jsonl that are neither here nor in PREFIXES go to train/.
 CHARTS = {
@@ -76,7 +76,7 @@ def charts(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def scores(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """Return nested results of evaluations by chart name, e.g. "eval/hellaswag/acc_norm"."""
+    """Flatten nested evaluation results to chart names, e.g. "eval/hellaswag/acc_norm"."""
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         number = value.get("value") if isinstance(value, dict) else value
@@ -101,7 +101,7 @@ class Table:
 
 
 def gate_table(events: list[dict[str, Any]]) -> Table:
-    """Return all decisions of a plan, one row per gate. events: of events.jsonl."""
+    """Return all decisions of a plan, one row per gate. events: rows of events.jsonl."""
     columns = ("where", "metric", "value", "go", "no-go", "compared with", "verdict", "decision")
     rows: list[list[Any]] = []
     for event in events:
@@ -123,10 +123,10 @@ def _print(text: str) -> None:
 
 
 class Trackers:
-    """The W&B run and the TensorBoard files of a log folder, each if it is configured.
+    """The W&B run and the TensorBoard files of a log folder, if they are configured.
 
-    After open(), an error never reaches the caller: `say` prints it once, and that tracker, or only
-    its tables, get nothing more. The files of the log folder have everything.
+    After open(), errors do not reach the caller: `say` prints the error once, and that tracker (or
+    only its tables) receives nothing more. The log folder still has everything.
     """
 
     def __init__(
@@ -164,9 +164,9 @@ class Trackers:
     def open(self, step: int, phase: str, name: str | None, run: dict[str, Any]) -> None:
         """Begin or continue at `step`, and print where W&B shows the run.
 
-        name: of the W&B run; default: run and, in a log folder of its own, phase. run: the
-        settings. TensorBoard forgets later steps; W&B shows steps that run again twice. ValueError
-        if W&B cannot be used.
+        name: of the W&B run; default: the run's, plus the phase in a separate log folder. run: the
+        settings. TensorBoard removes later steps; W&B shows repeated steps twice. ValueError if
+        W&B cannot be used.
         """
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -204,7 +204,7 @@ class Trackers:
         self.say(f"W&B: {self._record_url()}")
 
     def _config(self, run: dict[str, Any], phase: str) -> dict[str, Any]:
-        """All settings, those of earlier phases too, and the commit and hardware of this start."""
+        """Return settings of all phases so far, and the commit and hardware of this start."""
         path = self.folder / "hyperparameters.yaml"
         phases = read_yaml_file(path) if path.is_file() else {}
         environment = read_object(self.folder / f"{phase}.environment.json") or {}
@@ -247,14 +247,14 @@ class Trackers:
     def _log(self, step: int, numbers: dict[str, float]) -> None:
         with self._guarded("W&B"):
             if self.wandb and numbers:
-                # Not log(step=...): W&B drops a step below the last one, as after a restart.
+                # Not log(step=...): W&B drops steps below the last step, which a restart repeats.
                 self.wandb.log({"step": step, **numbers})
         with self._guarded("TensorBoard"):
             for name, value in numbers.items() if self.board else ():
                 self.board.add_scalar(name, value, step)
 
     def _log_table(self, step: int, name: str, table: Table, new: Table) -> None:
-        """Log a table. new: its rows for TensorBoard, which shows a text per step."""
+        """Log a table. new: the new rows, for TensorBoard, which shows one text per step."""
         with self._guarded("W&B tables"):  # files, which W&B uploads apart from points
             if self.wandb and self.tables:
                 import wandb
@@ -266,11 +266,11 @@ class Trackers:
                 self.board.add_text(name, new.markdown(), step)
 
     def alert(self, title: str, text: str) -> None:
-        """Send a W&B alert; unlike the other methods, it raises the error of a failure."""
+        """Send a W&B alert; unlike the other methods, raise an error on failure."""
         self.wandb.alert(title=title, text=text)
 
     def close(self, failed: bool = False) -> None:
-        """End both; may be called twice."""
+        """Close both trackers; may be called twice."""
         with self._guarded("TensorBoard"):
             if self.board:
                 self.board.close()
@@ -322,7 +322,7 @@ def record_evaluation(
         import wandb
 
         with suppress(Exception, SystemExit):
-            wandb.teardown()  # its service must not outlive this call in a plan's process
+            wandb.teardown()  # W&B's service would outlive this call in a plan's process
 
 
 def _init(folder: Path, **options: Any) -> Any:
@@ -335,7 +335,7 @@ def _init(folder: Path, **options: Any) -> Any:
 
 
 def _silenced() -> Any:
-    """Import wandb and turn off its messages: one line of ours has the URL."""
+    """Import wandb without its messages; our log line shows the URL."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))

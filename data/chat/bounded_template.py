@@ -21,7 +21,7 @@ from typing import Any
 from files import parse_object
 
 MAX_SECONDS = 5  # per conversation
-MAX_START_SECONDS = 60  # for importing Python and jinja2
+MAX_START_SECONDS = 60  # to start Python and import jinja2
 MAX_MEMORY = 1 << 29  # bytes of the subprocess's address space
 MAX_OUTPUT = 1 << 22  # characters of a rendered conversation
 MAX_TEMPLATE = 1 << 20  # characters
@@ -42,8 +42,8 @@ class BoundedTemplate:
     def render(self, messages: list[dict[str, Any]], tools: Any = None, **variables: Any) -> str:
         """Return the text of a conversation with the generation prompt.
 
-        variables: further template variables, such as bos_token. ValueError if the template raises
-        an exception or exceeds a limit.
+        variables: additional template variables, such as bos_token. ValueError if the template
+        raises an exception or exceeds a limit.
         """
         present = [
             {key: value for key, value in message.items() if value is not None}
@@ -129,7 +129,7 @@ def compile_template(source: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} marks trained text; rendering outputs its content only."""
+        """Render only the content of {% generation %}, which marks trained text."""
 
         tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 
@@ -214,18 +214,18 @@ def _rendered(template: Any, context: dict[str, Any]) -> dict[str, str]:
         return {"error": "it takes too much memory"}
     except RecursionError:
         return {"error": "its recursion is too deep"}
-    except Exception as error:  # a foreign template may raise anything
+    except Exception as error:  # another model's template may raise anything
         return {"error": (str(error).split("\n")[0] or type(error).__name__)[:300]}
 
 
 def _answer_lines() -> None:
     """Run the subprocess: read the template, then render conversations until input ends."""
-    if sys.platform != "darwin":  # a process on a Mac reserves more addresses than that
+    if sys.platform != "darwin":  # a process on macOS reserves more address space
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Ctrl-C is for the parent; its end closes this process's input
+    # only the parent handles Ctrl-C; its end closes this process's input
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also within C code
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process even within C code
     compile_template("")
     print("started", flush=True)
     problem, template = "", None

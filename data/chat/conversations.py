@@ -1,7 +1,7 @@
 """Read conversations of several formats from files and hub data sets.
 
 A conversation is {"messages", "tools", "id", "group"}. A malformed row becomes Skipped with its
-file:line; a valid but unsuitable one (another language, no answer) becomes Skipped without it. The
+file:line; a valid but unsuitable row (another language, no answer) becomes Skipped without it. The
 train/val split keeps a `group` together: a message tree, or a question with its rephrasings.
 """
 
@@ -120,7 +120,7 @@ def _read(format: str, row: dict[str, Any]) -> Conversation | Skipped:
 
 
 def check_mix(mix: Collection[str], sources: Collection[str], setting: str) -> None:
-    """Raise ValueError if data.mix is empty or names an unknown source.
+    """ValueError if data.mix is empty or names an unknown source.
 
     setting: the config key of the sources.
     """
@@ -319,7 +319,7 @@ def _best_path(root: dict, flat: dict[str, list[dict]]) -> list[dict]:
     """
     path = [root]
     while True:
-        # pop: a cycle ends because each reply is used once
+        # pop uses each reply once, so a cycle ends
         replies = path[-1].get("replies") or flat.pop(path[-1]["message_id"], [])
         valid = [m for m in replies if not m.get("deleted") and m.get("review_result") is not False]
         if not valid:
@@ -331,7 +331,7 @@ def _oasst_row(row: dict) -> Conversation:
     raise AssertionError("_oasst reads all rows together")
 
 
-GENERATED_COLUMNS = ("source", "key", "checks")  # of generated rows; evaluation reads them
+GENERATED_COLUMNS = ("source", "key", "checks")  # keys of generated rows that evaluations read
 COLUMNS: dict[str, tuple[str, ...]] = {  # columns of each format
     "messages": ("messages", *GENERATED_COLUMNS),
     "sharegpt": ("conversations",),

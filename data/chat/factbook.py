@@ -1,7 +1,7 @@
 """Facts about sovereign countries from the World Factbook: capital, region, area, neighbours, ...
 
-Its text is part of the quickstart corpus (data/corpus/quickstart_corpus.py). Fields without one
-plain value are omitted.
+Its text is part of the quickstart corpus (data/corpus/quickstart_corpus.py). Fields that have
+no single plain value are omitted.
 """
 
 import html
@@ -83,11 +83,11 @@ NAME = re.compile(r"[A-Z][\w' .-]*[\w.]")
 
 
 class Country(NamedTuple):
-    """A country's plain facts."""
+    """Facts about a country."""
 
     name: str
     facts: dict[str, str]  # attribute -> value with its unit
-    neighbours: frozenset[str] | None  # by land border; None if the list is ambiguous
+    neighbours: frozenset[str] | None  # neighbours by land; None if the list is ambiguous
 
 
 def article(name: str) -> str:
@@ -175,7 +175,7 @@ def _borders(page: dict, known: Mapping[str, Any]) -> frozenset[str] | None:
 
 
 def _facts(page: dict) -> dict[str, str]:
-    """Return the attributes whose field has one plain value."""
+    """Return the attributes whose field has a single plain value."""
     facts = {
         "capital": _capital(page),
         "region": REGIONS.get(_text(page, "Geography", "Map references"), ""),

@@ -3,7 +3,7 @@
 A message becomes {"role", "content"} with optional "thought", "tool_calls", "tool_call_id", "name"
 (of a tool response) and "weight": 0 (an assistant turn without loss). ValueError names an
 unsupported key that changes the meaning. Other unknown keys are returned for the caller to count.
-The values null, "", [] and {} count as absent.
+Values null, "", [] and {} count as absent.
 """
 
 from collections.abc import Collection
@@ -28,7 +28,7 @@ FLAGS = (  # 0 or false: the assistant turn has no loss
     "loss",
     "loss_mask",
 )
-ROW_COLUMNS = ("tools", "functions", "system")  # read in every format
+ROW_COLUMNS = ("tools", "functions", "system")  # columns read in every format
 ROW_FLAGS = ("weight", "loss_weight", "train", "trainable", "loss_mask")  # of a row
 TEXT_PARTS = ("text", "input_text", "output_text")
 MEDIA = (
@@ -50,7 +50,7 @@ REFUSED = (  # keys that change the text or the loss but have no place in the te
     "functions",
     "tool_plan",
 )
-THOUGHT_PARTS = ("reasoning_details", "thinking_blocks")  # refused unless THOUGHTS has the text
+THOUGHT_PARTS = ("reasoning_details", "thinking_blocks")  # ValueError unless THOUGHTS has the text
 OWNER = {
     **dict.fromkeys((*THOUGHTS, "tool_calls", "function_call"), "assistant"),
     "tool_call_id": "tool",
@@ -208,7 +208,7 @@ def _match(calls: list[Message], responses: list[Message]) -> list[Message]:
 
 
 def is_given(value: object) -> bool:
-    """Return False for an empty value, with which tables fill absent keys."""
+    """Return False for an empty value; tables fill absent keys with empty values."""
     return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 

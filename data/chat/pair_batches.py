@@ -21,9 +21,9 @@ from data.packing import IGNORE, Source
 
 
 class PairBatch(NamedTuple):
-    """n pairs as 2n documents: the n chosen, then the n rejected.
+    """n pairs as 2n documents: n chosen, then n rejected.
 
-    answer_positions: positions of each answer's tokens in the flat targets, filled up with R * L.
+    answer_positions: positions of each answer's tokens in the flat targets, padded with R * L.
     """
 
     tokens: Tensor  # [R, L] int64
@@ -40,7 +40,7 @@ class PairBatch(NamedTuple):
 
 
 PairKey = tuple[str, int]  # source and index of a pair
-# Returns this rank's batches, each with the keys of its counted pairs
+# Returns this rank's batches, each with the keys of its counted pairs.
 BatchFactory = Callable[[], Iterable[tuple[list[PairKey], "PairBatch"]]]
 Reference = Callable[[list[PairKey], PairBatch], Tensor]  # [2n] fp32 for the pairs of a batch
 
@@ -81,9 +81,9 @@ class Pairs:
 
 
 class PairRows:
-    """Lets PackedDataLoader mix and order pairs as it does rows."""
+    """Adapter: PackedDataLoader mixes and orders pairs like rows."""
 
-    share = 1.0  # the mixture's weights count pairs
+    share = 1.0  # mixture weights count pairs
 
     def __init__(self, source: Pairs):
         self.source, self.tokens = source, source.tokens
@@ -104,12 +104,12 @@ class PairRows:
 class PairLoader(PackedDataLoader):
     """Loads steps of `pairs` pairs from a mixture; each rank gets an equal contiguous share.
 
-    micro_batch_size: pairs per micro-batch. multiple: row lengths are multiples of it. reference:
+    micro_batch_size: pairs per micro-batch. multiple: row lengths are multiples of this. reference:
     None for zeros. text: see add_text.
     """
 
     text: ReplayRows | None = None
-    text_share = 0.0  # of the trained tokens
+    text_share = 0.0  # share of the trained tokens
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class PairLoader(PackedDataLoader):
         return lines
 
     def steps(self, count: int) -> Iterator[tuple[list[PairKey], BatchFactory]]:
-        """Yield, for each of the first steps, all its pairs and a function of its batches."""
+        """Yield all pairs of each of the first `count` steps, and a function of its batches."""
         for batch_index in range(count):
             names = self._step_names(batch_index)
             yield names, partial(self._rank_batches, names)
@@ -218,7 +218,7 @@ def make_batch(
 ) -> PairBatch:
     """Return a batch of named pairs in rows of at most `length` tokens.
 
-    counted: number of leading pairs that count; the others are padding (default: all count).
+    counted: number of leading pairs that count; the rest are padding (default: all count).
     """
     arrays = [pairs[name].read(index) for name, index in names]
     documents = [(ids[side], prompt) for side in (0, 1) for ids, prompt in arrays]
@@ -255,10 +255,10 @@ def make_batch(
 def assign_to_rows(
     lengths: list[int], max_length: int, multiple: int = 1
 ) -> tuple[list[list[int]], int]:
-    """Assign documents to rows; returns the documents of each row and the row length.
+    """Assign documents to rows; return the documents of each row and the row length.
 
-    Each document, longest first, goes to the emptiest row. Rows become nearly equal, little longer
-    than the longest document and at most max_length tokens: attention over full rows stays cheap.
+    Each document, longest first, is placed in the emptiest row. Rows are nearly equal, little
+    longer than the longest document and at most max_length tokens, so attention costs little.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for count in range(-(-sum(lengths) // lengths[order[0]]), len(lengths) + 1):
@@ -303,7 +303,7 @@ class ValidationPairs:
         }
 
     def steps(self) -> Iterator[tuple[list[PairKey], BatchFactory]]:
-        """Yield what PairLoader.steps does, once per source."""
+        """Yield items like PairLoader.steps, once per source."""
         for name, number in self.numbers.items():
             yield [(name, index) for index in range(number)], partial(self._source_batches, name)
 

@@ -41,9 +41,9 @@ from data.corpus.sources import PAIRS, resolve_rows
 from data.pipeline.recipe import Split
 from ranges import Fraction, NonEmptyText, at_least, check_fields
 
-VERSION = 3  # increment when the same inputs give other pairs
+VERSION = 3  # increment when the same inputs give different pairs
 BATCH = 1000  # pairs encoded at once
-MAX_NAMED = 20  # faulty rows that a source's report lists
+MAX_NAMED = 20  # malformed rows that a source's report lists
 ARRAYS = ("ids", "starts", "prompts")
 Limit = Annotated[int, at_least(1, hint="leave it out to take all")]
 FORMATS = ("messages", "hh")
@@ -236,7 +236,7 @@ def clean_pair(chat: Chat, pair: Pair, system: str | None = None) -> Pair:
 
 
 def shorten(pair: Pair) -> Pair | None:
-    """Remove the oldest user turn and its replies; None if it is the only one."""
+    """Remove the oldest user turn and its replies; None if it is the only user turn."""
     system = pair.prompt[: pair.prompt[0]["role"] == "system"]
     users = [i for i, message in enumerate(pair.prompt) if message["role"] == "user"]
     return pair._replace(prompt=[*system, *pair.prompt[users[1] :]]) if len(users) > 1 else None
@@ -245,9 +245,9 @@ def shorten(pair: Pair) -> Pair | None:
 def encode_pairs(
     chat: Chat, pairs: list[Pair], length: int
 ) -> list[tuple[EncodedPair | None, bool]]:
-    """Encode clean pairs; return each as (pair or None, whether its prompt was truncated).
+    """Encode clean pairs; return each as (pair or None, True if its prompt was truncated).
 
-    None: longer than `length`, without the answer's last token, which is only a target.
+    None: longer than `length`, not counting the answer's last token, which is only a target.
     """
     rows = [
         {"messages": [*p.prompt, answer], "tools": p.tools}
@@ -313,7 +313,7 @@ def _prepare_source(
 
 
 def _check(name: str, report: dict[str, Any], config: PreferenceConfig) -> None:
-    """Raise ValueError if a prepared source has too many faulty rows or no training pair."""
+    """ValueError if a prepared source has too many malformed rows or no training pair."""
     path, pairs = config.sources[name].path, sum(report["pairs"].values())
     bad = sum(report["bad"].values())
     if bad > config.max_bad * report["rows"]:

@@ -1,4 +1,4 @@
-"""Chat: encode conversations as tokens with a loss mask, and parse replies.
+"""Encode conversations as tokens with a loss mask, and parse replies.
 
 A conversation is {"messages": [...], "tools": [...]} in OpenAI's format; an assistant message may
 also have a "thought" (reasoning_content elsewhere). data/chat/messages.py defines the keys of a
@@ -45,7 +45,7 @@ TOOLS = "You can call these tools:"
 
 
 def marker_tokens(added: Iterable[AddedToken]) -> tuple[str, ...]:
-    """Return the added tokens that text must not contain: special ones, and our markers."""
+    """Return the added tokens that text must not contain: special tokens and our markers."""
     return tuple(token.content for token in added if token.special or token.content in MARKERS)
 
 
@@ -138,7 +138,7 @@ def _clean_call(call: Any, tokens: Sequence[str]) -> Message:
 
 
 class Segment(NamedTuple):
-    """A special token or the text between two, split where the loss mask changes."""
+    """A special token, or text between special tokens, split where the loss mask changes."""
 
     text: str
     trained: bool = False
@@ -147,7 +147,7 @@ class Segment(NamedTuple):
 
 
 def segments(conversation: Conversation, bos: str | None) -> Iterator[Segment]:
-    """Yield a clean conversation's segments; joined, they equal the template's rendering."""
+    """Yield a clean conversation's segments, which join to the template's rendering."""
     messages, tools = conversation["messages"], conversation["tools"]
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
     if bos:
@@ -197,7 +197,7 @@ class Encoded(NamedTuple):
     """Token ids of a conversation."""
 
     ids: np.ndarray  # uint32 [n]
-    trained: np.ndarray  # bool [n], loss mask of the tokens as targets
+    trained: np.ndarray  # bool [n], loss mask: True if the token is a trained target
     ends: list[int]  # index after the <|im_end|> of each assistant turn
 
 
@@ -254,7 +254,7 @@ class Chat:
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         """Return clean conversations as token ids, loss masks and ends of assistant turns."""
         rows = [list(segments(conversation, self.bos)) for conversation in conversations]
-        texts = list(dict.fromkeys(part.text for row in rows for part in row if not part.special))
+        texts = list(dict.fromkeys(s.text for row in rows for s in row if not s.special))
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids_of = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
         return [self._join(row, ids_of) for row in rows]
@@ -284,7 +284,7 @@ class Chat:
 
     @property
     def config_ids(self) -> dict[str, int]:
-        """bos, eos (<|im_end|>) and pad ids for config.json."""
+        """Return bos, eos (<|im_end|>) and pad ids for config.json."""
         named = {"bos": self.bos, "eos": IM_END, "pad": self.pad}
         return {name: index_of(self.tokenizer, token) for name, token in named.items() if token}
 
@@ -295,7 +295,7 @@ class Chat:
 
     def render(self, conversation: Conversation) -> str:
         """Return a clean conversation as text."""
-        return "".join(part.text for part in segments(conversation, self.bos))
+        return "".join(segment.text for segment in segments(conversation, self.bos))
 
     def parse(self, ids: Sequence[int], partial: bool = False) -> "Reply":
         """Parse a reply from its ids; plain text that looks like a special token stays text.
@@ -353,8 +353,8 @@ _MARKER = re.compile("|".join(re.escape(token) for token in MARKERS))
 def parse(text: str, partial: bool = False) -> Reply:
     """Parse a reply from its text with special tokens; an unclosed section extends to the end.
 
-    partial: the text is still growing; a possible prefix of a marker is held back, and an
-    unfinished call is not broken.
+    partial: more text will follow; a possible prefix of a marker is withheld, and an unfinished
+    call is not broken.
     """
     if partial:
         prefixes = (token[:size] for token in MARKERS for size in range(1, len(token)))

@@ -2,7 +2,7 @@
 
 Rows of packed text, trained on every token, keep a model from forgetting the text (replay when the
 data change: arXiv:2403.08763). A text source is named "replay.SOURCE" in the mixture and the logs.
-In DPO, the text has a loss of its own, as in InstructGPT (arXiv:2203.02155, section 3.5).
+In DPO, the text has a separate loss, as in InstructGPT (arXiv:2203.02155, section 3.5).
 """
 
 import math
@@ -30,7 +30,7 @@ class ReplayConfig:
 
     store: NonEmptyText  # folder with tokenizer/ and tokens/<source>/
     mix: dict[str, PositiveFloat]  # source -> weight of its tokens in the text
-    # Share of the trained tokens; the others are in conversations or pairs.
+    # Share of the trained tokens; the rest is in conversations or pairs.
     share: Annotated[float, above(0, below=1, hint="remove the section for no text")]
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class ReplayConfig:
 
 @dataclass(frozen=True)
 class PairReplayConfig(ReplayConfig):
-    """Pretraining text in DPO. The trained tokens of a pair are those of its two answers."""
+    """Pretraining text in DPO. A pair's trained tokens are the tokens of its two answers."""
 
     # Weight of the text's mean nll per token, beside the mean loss of a pair.
     weight: PositiveFloat = 1.0
@@ -51,7 +51,7 @@ class TextBatch(NamedTuple):
     tokens: Tensor  # [B, T] int64
     targets: Tensor  # [B, T] int64
     doc_ids: Tensor  # [B, T] int32
-    # [1] fp32, weight of a token's nll: the step's loss denominator / its text tokens
+    # [1] fp32, weight of a token's nll: the step's loss denominator / text tokens
     weight_per_token: Tensor
 
     def to(self, device: torch.device) -> "TextBatch":
@@ -59,10 +59,10 @@ class TextBatch(NamedTuple):
 
 
 class ReplayRows:
-    """The text of each step: equal rows, of which each rank gets as many, some of them padding.
+    """The text of each step: rows of equal length, the same number per rank, padded if needed.
 
-    A pure function of the batch index, as the loader's. tokens: text tokens that a step should
-    have; rows are at most `length` long, and a multiple of 64, if `length` is above 64.
+    A pure function of the batch index, like the loader. tokens: target number of text tokens per
+    step. Rows have at most `length` tokens, and a multiple of 64 if `length` is above 64.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class ReplayRows:
     ) -> tuple[list[TextBatch], int]:
         """Return this rank's micro-batches of a step, and the step's text tokens over all ranks.
 
-        denominator: of the step's loss. batch_tokens: most tokens of a micro-batch, or one row.
+        denominator: the step's loss denominator. batch_tokens: maximum tokens of a micro-batch; it
+        has at least one row.
         """
         step = self.rows.at(batch_index)
         size = max(1, batch_tokens // self.length)
@@ -97,9 +98,9 @@ class ReplayRows:
         fields = []
         for tensor, filler in ((batch.tokens, 0), (batch.targets, IGNORE), (batch.doc_ids, 0)):
             assert tensor is not None
-            part = tensor[self.first : self.first + self.share]
-            padding = part.new_full((self.share - len(part), self.length), filler)
-            fields.append(torch.cat([part, padding]).split(size))
+            rows = tensor[self.first : self.first + self.share]
+            padding = rows.new_full((self.share - len(rows), self.length), filler)
+            fields.append(torch.cat([rows, padding]).split(size))
         batches = [
             TextBatch(tokens, targets, doc_ids, weight)
             for tokens, targets, doc_ids in zip(*fields, strict=True)
@@ -110,8 +111,8 @@ class ReplayRows:
 def mixture(mix: Mapping[str, float], replay: ReplayConfig | None) -> dict[str, float]:
     """Return the weights of conversations and text, as shares of trained tokens.
 
-    mix: of the conversations; without replay it is returned as it is. ValueError for a source of
-    conversations with a name of the text.
+    mix: of the conversations; returned unchanged without replay. ValueError if a source of
+    conversations has the name of a text source.
     """
     if replay is None:
         return dict(mix)
@@ -126,8 +127,8 @@ def mixture(mix: Mapping[str, float], replay: ReplayConfig | None) -> dict[str, 
 def open_replay(replay: ReplayConfig, split: str, tokenizer: Path) -> dict[str, Source]:
     """Open one split of the text; tokenizer: folder of the model's chat tokenizer.
 
-    ValueError if the store lacks a source, or if its tokenizer is not that of the model. Both are
-    compared with the chat tokens added, since the base model may have them already.
+    ValueError if the store lacks a source or has another tokenizer than the model. Both tokenizers
+    are compared with the chat tokens added, since the base model may already have them.
     """
     folder = Path(replay.store) / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
@@ -169,8 +170,8 @@ def replay_validation(
 ) -> tuple[dict[str, list[Batch]], list[str]]:
     """Return the validation batches of each source of the text, and warnings for the log.
 
-    rows: at most, per source, of `length` tokens. A source without a full row has no batches and a
-    warning.
+    rows: maximum per source, of `length` tokens each. A source without a full row gets a warning
+    and no batches.
     """
     batches, lines = {}, []
     for name, source in open_replay(replay, "val", tokenizer).items():

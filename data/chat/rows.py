@@ -63,7 +63,7 @@ def _file_rows(path: str) -> Iterator[Row | Skipped]:
 
 
 def _json(name: str, file: Path) -> Iterator[tuple[int, Row | Skipped]]:
-    """Yield numbered rows of JSON lines, or of a file that is one JSON array, as Alpaca's."""
+    """Yield numbered rows of JSON lines, or of a file that is one JSON array, like Alpaca's."""
     for number, line in enumerate(json_rows(file), 1):
         if isinstance(line, str) and line != MORE_THAN_ARRAY:
             raise ValueError(
@@ -76,7 +76,7 @@ def _json(name: str, file: Path) -> Iterator[tuple[int, Row | Skipped]]:
 
 
 def _csv(name: str, file: Path) -> Iterator[tuple[int, Row | Skipped]]:
-    """Yield numbered rows of a table with separators; the header is row 1. "" is a missing value.
+    """Yield numbered rows of a .csv or .tsv table; the header is row 1. "" is a missing value.
 
     A value that is a JSON array of objects is parsed: the messages of a conversation.
     """
@@ -92,7 +92,7 @@ def _csv(name: str, file: Path) -> Iterator[tuple[int, Row | Skipped]]:
 
 
 def _json_value(text: str) -> Any:
-    """Parse a JSON array of objects; any other text is returned as it is."""
+    """Parse a JSON array of objects; any other text is returned unchanged."""
     if text.startswith("["):
         with suppress(ValueError):
             value = parse_json(text)

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from data.decontamination.index import Index
     from data.decontamination.test_sets import Item
 
-VERSION = 4  # increment when the same inputs give other rows
+VERSION = 4  # increment when the same inputs give different rows
 BATCH = 2000  # conversations encoded at once
 CHECK_INTERVAL = 100  # one conversation per interval is compared with the template's rendering
-MAX_NAMED = 20  # faulty rows that a source's report lists
+MAX_NAMED = 20  # malformed rows that a source's report lists
 ARRAYS = ("ids", "trained", "starts")
 TestSets: TypeAlias = "tuple[dict[str, list[Item]], Index]"  # by name, and their index
 Limit = Annotated[int, at_least(1, hint="leave it out to take all")]
@@ -163,7 +163,7 @@ def prepare(
     check_mix(mix, config.sources, "chat.sources")
     chat = Chat.from_folder(tokenizer)
     tokenizer_hash = manifest.file_hash(tokenizer / "tokenizer.json")
-    load_test_sets = cache(partial(_test_sets, config))  # once, by the first source that needs it
+    load_test_sets = cache(partial(_test_sets, config))  # loaded once, when needed
     return {
         name: _prepare_source(name, config, chat, tokenizer_hash, length, load_test_sets)
         for name in mix
@@ -208,7 +208,7 @@ def _prepare_source(
 
 
 def _check_limit(name: str, report: dict[str, Any], config: ChatConfig) -> None:
-    """Raise ValueError for too many malformed rows or no training conversation."""
+    """ValueError for too many malformed rows or no training conversation."""
     bad = sum(report["bad"].values())
     share = bad / max(1, bad + report["conversations"])
     if share > config.max_bad:
@@ -243,7 +243,7 @@ def _write_source(
     length: int,
     load_test_sets: Callable[[], TestSets],
 ) -> dict[str, Any]:
-    """Read, check, decontaminate, encode and truncate a source; returns its report."""
+    """Read, check, decontaminate, encode and truncate a source; return its report."""
     source, counts = config.sources[name], Counter[str]()
     bad, named, ignored, seen = Counter[str](), list[str](), Counter[str](), ChatStatistics()
 
@@ -323,7 +323,7 @@ def _write_split(folder: Path, split: str, rows: list[Encoded]) -> dict[str, int
 
 
 def check_against_template(chat: Chat, conversation: Conversation, encoded: Encoded) -> None:
-    """Raise ValueError if the ids differ from the encoded rendering of the Jinja template."""
+    """ValueError if the ids differ from the encoded rendering of the Jinja template."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages, tools = [conversation["messages"]], conversation["tools"] or None
@@ -356,7 +356,7 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
 
 
 def _test_files(config: ChatConfig) -> dict[str, str]:
-    """Fingerprints of the test sets that are local files."""
+    """Return fingerprints of the test sets that are local files."""
     paths = [test for test in config.decontaminate if Path(test).is_file()]
     if not paths:
         return {}

@@ -103,7 +103,7 @@ def chat_tokenizer(folder: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _with_shown_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """Return the tokenizer with SHOWN as added tokens that are not special; ids stay."""
+    """Return the tokenizer with SHOWN as added tokens that are not special; ids do not change."""
     content = parse_object(tokenizer.to_str())
     for token in content["added_tokens"]:
         token["special"] = token["special"] and token["content"] not in SHOWN

@@ -1,7 +1,7 @@
 """Executable tools for models: arithmetic, dates, units and facts about countries.
 
-Results are exact, work is bounded, and no code is evaluated. TOOLS has their JSON schemas in
-OpenAI's format. run_tool accepts any name and arguments and returns text, also for errors.
+Results are exact, work is bounded, and no code is evaluated. TOOLS has the JSON schemas in OpenAI's
+format. run_tool accepts any name and arguments; errors are returned as text, too.
 """
 
 import ast
@@ -20,7 +20,7 @@ from files import parse_json
 
 WHEELS = Path("data/store/wheels")
 MAX_EXPRESSION = 200  # characters
-MAX_BITS = 1024  # of numerator or denominator, about 300 digits
+MAX_BITS = 1024  # bits of numerator or denominator, about 300 digits
 MAX_PLACES = 12  # decimal places; longer decimals become fractions
 MAX_VALUE = 10**15
 ARITHMETIC: dict[type, Callable[[Fraction, Fraction], Fraction]] = {

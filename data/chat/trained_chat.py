@@ -13,7 +13,7 @@ from typing import Any
 from data.chat.tools import TOOLS
 from data.manifest import read_json
 
-KEY = "nanollama_chat"  # in config.json; a GGUF file has its JSON text as "nanollama.chat"
+KEY = "nanollama_chat"  # key of config.json; a GGUF file has its JSON text as "nanollama.chat"
 MAX_NAMES = 64  # recorded tools, the most frequent ones
 
 
@@ -24,7 +24,7 @@ class ChatDefaults:
     context: int  # maximum tokens of a row
     tools: tuple[str, ...] = ()  # names of the tools in rows, the most frequent first
     tools_at_once: int = 0  # maximum tools of a row
-    thoughts: bool = False  # replies had thoughts
+    thoughts: bool = False  # True if replies had thoughts
 
     def __post_init__(self) -> None:
         numbers = [self.context, self.tools_at_once]
@@ -95,7 +95,7 @@ def record(base: Path, reports: Iterable[dict[str, Any]], context: int) -> dict[
 
 
 def read_chat_defaults(folder: Path) -> ChatDefaults | None:
-    """Return the record of a folder; None for a base, foreign or older model."""
+    """Return the record of a folder; None for a base model, another or an older model."""
     return parse(read_json(folder / "config.json").get(KEY))
 
 

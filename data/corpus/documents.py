@@ -57,14 +57,14 @@ Numbered = tuple[int, Document | Skipped]
 class FileSettings(NamedTuple):
     """How files are read."""
 
-    text_column: str | None = None  # None: tables.choose_column
+    text_column: str | None = None  # None: chosen by tables.choose_column
     id_column: str = "id"
     document_chars: int | None = None  # cut text files into documents of about this length
-    alone: bool = True  # a file that cannot be read is an error; else it is skipped
+    alone: bool = True  # True: an unreadable file is an error; False: it is skipped
 
 
 class FileDocuments:
-    """The documents of one file. `chosen` is called with a column that was not given by name."""
+    """The documents of one file. `chosen` is called with an automatically chosen column."""
 
     def __init__(
         self, name: str, path: Path, settings: FileSettings, chosen: Callable[[str, str], object]
@@ -75,7 +75,7 @@ class FileDocuments:
     def read(self, before: int = 0) -> Iterator[Numbered]:
         """Yield the number of each row after row `before`, with its document or Skipped.
 
-        A damaged file yields what precedes the damage, then Skipped.
+        A damaged file yields the rows before the damage, then Skipped.
         """
         kind = file_type(self.name)
         try:
@@ -161,7 +161,7 @@ class FileDocuments:
         return row_document(value, where, self.column or "text", self.settings.id_column)
 
     def _column(self, columns: Mapping[str, bool]) -> str:
-        """Return the column with the text; choose it at the first row. _NoTextColumn if it lacks.
+        """Return the text column, chosen at the first row; _NoTextColumn if it is missing.
 
         columns: of a row or table, as in choose_column.
         """
@@ -175,7 +175,7 @@ class FileDocuments:
         return self.column
 
     def _table_columns(self, schema: Any) -> list[str]:
-        """Return the columns to read of a table: of the text and, if present, of the id."""
+        """Return the columns of a table to read: text and, if present, id."""
         columns = text_columns(schema)
         column = self._column(columns)
         if column not in columns:
@@ -246,7 +246,7 @@ class FileDocuments:
 
 
 class _NoTextColumn(Exception):
-    """A table lacks the column of the text, or several columns may be it."""
+    """The text column of a table is missing or ambiguous."""
 
     def __init__(self, path: Path, column: str, columns: Mapping[str, bool]):
         self.columns = list(columns)
@@ -256,7 +256,7 @@ class _NoTextColumn(Exception):
 
 
 def text_pieces(path: Path, chars: int) -> Iterator[bytes]:
-    """Cut a text file into pieces of `chars` to 2 * `chars` bytes; the last one may be shorter.
+    """Cut a text file into pieces of `chars` to 2 * `chars` bytes; the last may be shorter.
 
     A piece ends at the first empty line after `chars` bytes, else at the end of a line, else at a
     space or within a word. Joined pieces are the text.
@@ -264,20 +264,20 @@ def text_pieces(path: Path, chars: int) -> Iterator[bytes]:
     lines: list[bytes] = []
     size = 0
     for line in read_lines(path):
-        for part in _line_parts(line + b"\n", chars):
-            if size + len(part) > 2 * chars and size:
+        for text in _cut_line(line + b"\n", chars):
+            if size + len(text) > 2 * chars and size:
                 yield b"".join(lines)
                 lines, size = [], 0
-            lines.append(part)
-            size += len(part)
-            if size >= chars and not part.strip():
+            lines.append(text)
+            size += len(text)
+            if size >= chars and not text.strip():
                 yield b"".join(lines)
                 lines, size = [], 0
     if lines:
         yield b"".join(lines)
 
 
-def _line_parts(line: bytes, size: int) -> Iterator[bytes]:
+def _cut_line(line: bytes, size: int) -> Iterator[bytes]:
     """Cut a line of more than `size` bytes at spaces, or between characters."""
     while len(line) > size:
         end = line.rfind(b" ", 0, size) + 1 or size

@@ -50,7 +50,7 @@ def download_fineweb10b(folder: Path, shards: int = SHARDS, revision: str | None
     if before.get("revision") != revision:
         raise ValueError(
             f"{folder} has shards of {before.get('revision', 'other text')}; choose another "
-            "--output"
+            "--output_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
     check_free(folder, sum(not (folder / name).is_file() for name in names) * SHARD_BYTES, REPO)

@@ -1,8 +1,8 @@
 """Write a source's documents to a data store: <store>/documents/<name>/00000.parquet, ...
 
-Each part is published by rename in <name>.tmp; progress.json records the reader's position after
-it. A killed run resumes after the last finished part and writes the same bytes as an uninterrupted
-one. manifest.json is written last, then the folder is renamed to <name>.
+Each part is renamed into place in <name>.tmp; progress.json records the reader's position after it.
+A killed run resumes after the last finished part and writes the same bytes as an uninterrupted run.
+manifest.json is written last, then the folder is renamed to <name>.
 """
 
 import errno
@@ -33,8 +33,8 @@ ROW_GROUP_BYTES = 16_000_000
 MAX_EXAMPLES = 5  # skipped rows that are listed, per reason
 PROGRESS = "progress.json"
 MAX_BAD = 0.01  # maximum share of unreadable rows, as in chat.max_bad
-MAX_UNDECODABLE = 0.5  # maximum share of text files in an encoding that is not read: our judgement
-STORE_FOLDERS = ("documents", "work", "tokens", "tokenizer")  # never read as a source
+MAX_UNDECODABLE = 0.5  # maximum share of text files in an unsupported encoding: our judgement
+STORE_FOLDERS = ("documents", "work", "tokens", "tokenizer")  # not read as a source
 
 
 def open_reader(
@@ -49,8 +49,8 @@ def open_reader(
 ) -> tuple[str, Reader]:
     """Return the store name and reader of a data set.
 
-    dataset: a source of the hub, a quickstart source or a path; else ValueError. A setting without
-    effect on it is a ValueError, too.
+    dataset: a source of the hub, a quickstart source or a path; else ValueError. ValueError also
+    for a setting that has no effect on it.
     """
     packaged = quickstart_corpus.quickstart_sources()
     name = name or source_name(dataset)
@@ -123,9 +123,9 @@ def source_name(dataset: str) -> str:
 
 
 def _hub_source(dataset: str) -> HubSource:
-    """Return the source of any hub data set, given as hf://owner/name:config@revision.
+    """Return the source of a hub data set, or of some of its files.
 
-    Or of some of its files, given as hf://owner/name/FILES@revision.
+    dataset: hf://owner/name:config@revision or hf://owner/name/FILES@revision.
     """
     if parts := hub_set(dataset):
         repo, config, revision = parts
@@ -148,7 +148,7 @@ def ingest(
     part_bytes: int = PART_BYTES,
     max_bad: float = MAX_BAD,
 ) -> bool:
-    """Write a source's documents, up to about max_tokens tokens. Returns False if present.
+    """Write a source's documents, up to about max_tokens tokens; False if already present.
 
     The budget is max_tokens x reader.bytes_per_token UTF-8 bytes, because no tokenizer exists yet.
     ValueError if the disk is too small or full, the source is unavailable or empty, its share of
@@ -356,7 +356,7 @@ class _Part:
             self.pending, self.pending_bytes = [], 0
 
     def close(self) -> dict[str, Any]:
-        """Publish the part; returns its manifest entry."""
+        """Publish the part; return its manifest entry."""
         self._flush()
         self.writer.close()
         self.file.flush()
@@ -375,9 +375,9 @@ class _Part:
 
 
 def _valid_unicode(document: Document) -> tuple[Document, int, int]:
-    """Return a document in valid Unicode, and its text's bytes.
+    """Return a document in valid Unicode, its text's bytes, and 1 if it was repaired, else 0.
 
-    The last value is 1 if lone surrogates were replaced, else 0.
+    Repair replaces lone surrogates.
     """
     try:
         document.id.encode()
@@ -404,7 +404,7 @@ def _check_disk(reader: Reader, work: Path, max_bytes: int | None) -> None:
 
 
 def check_free(folder: Path, needed: int, what: str) -> None:
-    """Raise ValueError if a folder's disk has fewer free bytes than needed."""
+    """ValueError if a folder's disk has fewer free bytes than needed."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
@@ -450,7 +450,7 @@ def _report_skipped(name: str, reader: Reader, state: dict[str, Any]) -> None:
 
 
 def _check_read(reader: Reader, state: dict[str, Any], max_bad: float) -> None:
-    """Raise ValueError if a source has no document or too many unreadable rows."""
+    """ValueError if a source has no document or too many unreadable rows."""
 
     def listing(skipped: dict[str, int]) -> str:
         return ", ".join(f"{count:,} x {reason}" for reason, count in skipped.items())
@@ -483,7 +483,7 @@ def _check_read(reader: Reader, state: dict[str, Any], max_bad: float) -> None:
 
 
 def _check_origin(reader: Reader, target: Path, work: Path) -> None:
-    """Raise ValueError if the name belongs to a source of another origin."""
+    """ValueError if the name belongs to a source of another origin."""
     record = _record(target, work) or {}
     origin = record.get("origin")
     if origin and _without_version(origin) != _without_version(reader.origin):

@@ -25,13 +25,13 @@ OTHER_SPLIT = "other splits of the data set; --split selects one"
 BLOCK = 1 << 20  # bytes of content handled at once
 SLICES = {".gz": 1 << 16, ".zst": 1 << 8}  # decoder input in bytes; zstd expands it to 8 MB at most
 MAX_LINE = 100_000_000  # bytes
-MAX_WINDOW = 1 << 27  # bytes, of the zstd decoder, as in the zstd command
+MAX_WINDOW = 1 << 27  # bytes of the zstd decoder's window, as in the zstd command
 MAX_EXPANSION = 1_000  # content bytes per compressed byte, beyond the first 50 MB
 BATCH_BYTES = 16_000_000  # approximate bytes of a parquet file in memory
 
 
 class EncodingError(ValueError):
-    """A file in an encoding that is not read."""
+    """A file in an unsupported encoding."""
 
 
 def file_type(name: str) -> str:
@@ -53,16 +53,16 @@ def list_files(
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Return the data files of a file, a folder (recursively) or a glob, sorted, by relative name.
 
-    An existing path is never read as a glob. Hidden and temporary (*.tmp) files and folders are
-    left out, and so are `excluded` folders unless `where` is inside one. Of a folder written by
-    datasets' save_to_disk, the files of `split` (default: train) are listed. Also returns the names
-    of files that are left out, with the reason. ValueError if it finds no data file.
+    An existing path is never read as a glob. Excludes hidden and temporary (*.tmp) files and
+    folders, and `excluded` folders unless `where` is inside one. For a folder written by datasets'
+    save_to_disk, it lists the files of `split` (default: train). Also returns the names of excluded
+    files, with the reason. ValueError if it finds no data file.
     """
     root = Path(where)
     fixed = (
         root
         if root.exists()
-        else Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
+        else Path(*takewhile(lambda name: not glob.has_magic(name), root.parts))
     )
     outside = [
         folder.resolve() for folder in excluded if folder.resolve() not in fixed.resolve().parents
@@ -75,7 +75,7 @@ def list_files(
     walk = _Walk(outside, split)
     paths: set[Path] = set()
     for match in matches:
-        if any(part.endswith(".tmp") for part in match.relative_to(fixed).parts):
+        if any(name.endswith(".tmp") for name in match.relative_to(fixed).parts):
             walk.left_out[match] = TEMPORARY
         elif match.is_dir():
             paths.update(walk.files(match))
@@ -107,7 +107,7 @@ def _relative(path: Path, base: Path) -> str:
 
 
 class _Walk:
-    """Lists the files below folders; records what it leaves out."""
+    """Lists the files below folders; records excluded files."""
 
     def __init__(self, outside: Collection[Path], split: str | None):
         self.outside, self.split = outside, split
@@ -137,9 +137,9 @@ class _Walk:
         return path not in self.left_out
 
     def _without_metadata(self, folder: Path, below: list[str], names: list[str]) -> list[str]:
-        """Return the names of the data files of a folder, which may be a data set of its own.
+        """Return the names of the data files of a folder, which may itself be a data set.
 
-        `below` is reduced to the folder of the selected split.
+        Reduces `below` to the folder of the selected split.
         """
         if "dataset_dict.json" in names:  # datasets.DatasetDict.save_to_disk
             self.has_splits = True

@@ -37,14 +37,14 @@ class Reader(Protocol):
     licence: str
     origin: str
     bytes_per_token: float
-    notes: dict[str, str]  # column of the text that was chosen -> where
+    notes: dict[str, str]  # chosen text column -> where it was chosen first
 
     def disk_bytes(self) -> int | None:
         """Return an upper estimate of the source's bytes as zstd parquet; None if unknown."""
         ...
 
     def read(self) -> Generator[Document | Skipped, None, None]:
-        """Read from `position` on. ValueError, with what to do, if the source is unavailable."""
+        """Read from `position` on. ValueError if the source is unavailable; it says what to do."""
         ...
 
 
@@ -112,7 +112,7 @@ class FileReader:
         self.notes: dict[str, str] = {}
 
     def disk_bytes(self) -> int | None:
-        """Return the estimate; .gz, .zst and .parquet files are compressed already."""
+        """Return the estimate; .gz, .zst and .parquet files are already compressed."""
         packed = (".gz", ".zst", ".parquet")
         return int(
             sum(
@@ -138,10 +138,10 @@ class FileReader:
 class HubReader:
     """Streams one hub source with `datasets`; caches nothing.
 
-    Files are read by pattern, and of parquet files only the used columns. Without a pattern, the
-    source's config and split are read. recorded: inputs of an earlier run on the same store; its
-    commit is reused for the same requested revision. Resuming within a file reads that file again
-    from its start.
+    Reads files by pattern, and only the used columns of parquet files. Without a pattern, it reads
+    the source's config and split. recorded: inputs of an earlier run on the same store; its commit
+    is reused for the same requested revision. Resuming within a file reads that file from its
+    start.
     """
 
     def __init__(
@@ -351,7 +351,7 @@ def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
 
 
 def _choice(chain: list[BaseException], repo: str) -> str | None:
-    """Say which split or config to set if the error is an unknown one; else None."""
+    """Return which split or config to set if the error is an unknown split or config; else None."""
     known_list = r".*?(?P<known>\[.*?\])"
     patterns = {
         "split": r"(?:Bad split: |Unknown split \")(?P<name>[^\". ]+)" + known_list,
@@ -368,5 +368,5 @@ def _choice(chain: list[BaseException], repo: str) -> str | None:
 
 
 def _code_hash(function: Callable) -> str:
-    """Hash of the function's module: a changed selection is another source."""
+    """Hash the function's module, because a changed selection makes a different source."""
     return file_hash(Path(inspect.getfile(function)))

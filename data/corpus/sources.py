@@ -143,7 +143,7 @@ class NamedRows:
 
     @property
     def path(self) -> str:
-        """Its address as a source's `path`."""
+        """Return its address as a source's `path`."""
         return f"{HUB}{self.repo}@{self.revision}"
 
 
@@ -180,7 +180,7 @@ PAIRS = {
     ),
 }
 
-GROUPS = {  # names of several sources together
+GROUPS = {  # group name -> its sources
     "pg19_and_stack_mixed": ("pg19", "the_stack_python"),
     "gold_sources_mixed": ("open_web_math", "stackexchange", "stem_wiki"),
 }
@@ -205,7 +205,7 @@ def hub_files(address: str) -> tuple[str, str, str]:
 def hub_set(address: str) -> tuple[str, str | None, str | None] | None:
     """Split hf://owner/name:config@revision into repository, config and revision.
 
-    Config and revision are optional. None if the address names files or is not one of the hub.
+    Config and revision are optional. None if the address names files or is not a hub address.
     """
     match = re.fullmatch(rf"{HUB}([^/@:]+/[^/@:]+)(?::([^/@]+))?(?:@(.+))?", address)
     return (match[1], match[2], match[3]) if match else None
@@ -225,7 +225,7 @@ def resolve_rows(source: Any, named: dict[str, NamedRows]) -> None:
     """Replace a name in the `path` of a frozen dataclass by its pinned address, split and config.
 
     source: has path, split ("train" if unset) and config (None if unset). A local path of that
-    name, any other path, and an explicit split or config stay.
+    name, any other path, and an explicit split or config are kept.
     """
     rows = named.get(source.path.lower().replace("-", "_"))
     if rows is None or Path(source.path).exists():

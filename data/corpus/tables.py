@@ -1,4 +1,4 @@
-"""Read rows from CSV, JSON and Arrow files in bounded memory; choose the column with the text."""
+"""Read rows from CSV, JSON and Arrow files in bounded memory; choose the text column."""
 
 import csv
 import re
@@ -21,11 +21,11 @@ SIGNS, QUOTES = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')
 def choose_column(columns: Mapping[str, bool], id_column: str = "") -> str | None:
     """Return the column with the documents' text; None if it is not evident.
 
-    columns: name -> whether its values are text. The first of TEXT_COLUMNS, in any case, or the
-    only column of text other than `id_column`.
+    columns: name -> True if its values are text. Chooses the first of TEXT_COLUMNS, in any case, or
+    the only text column other than `id_column`.
     """
     if "text" in columns:
-        return "text"  # whatever its type: a wrong type is an error of its own
+        return "text"  # of any type: a wrong type is a separate error
     texts = [name for name, is_text in columns.items() if is_text and name != id_column]
     for wanted in TEXT_COLUMNS:
         if matches := [name for name in texts if name.lower() == wanted]:
@@ -136,7 +136,7 @@ def _array_elements(path: Path) -> Iterator[bytes | str]:
 
 @contextmanager
 def arrow_batches(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
-    """Open an Arrow file, in the format of a stream or a file; yields its schema and batches.
+    """Open an Arrow file, in stream or file format; return its schema and batches.
 
     The file is memory-mapped.
     """

@@ -2,8 +2,8 @@
 
 Texts are normalised and hashed by word. Each 5-gram that a document shares with an item aligns the
 item with the document. The score is the share of the item's words that match in the alignment,
-weighted by their information. A copy of 40 words in a book scores like the copy alone. A changed
-word lowers the score by its own weight only. Memory: one batch of text.
+weighted by their information. A copy of 40 words scores the same alone and within a book. A changed
+word lowers the score only by its weight. Memory: one batch of text.
 """
 
 import json
@@ -27,7 +27,7 @@ OVERHEAD = 64  # characters added to each text's length: bounds the number of te
 PIECE = 1 << 20  # characters; a longer document is scanned in overlapping pieces
 MAX_WORD = 1000  # characters to search for a word boundary
 FILTER_BITS = 64  # bits of the filter per n-gram
-MIN_TOTAL = 1 << 12  # words; a word that occurs once in a smaller test set is worth 12 bits
+MIN_TOTAL = 1 << 12  # words; in a smaller test set, a word that occurs once has 12 bits
 MAX_MATCHES = 1 << 20  # index positions that one batch may match without MAX_REPEATS
 MAX_REPEATS = 64  # above MAX_MATCHES, each text looks up an n-gram at most this often
 MAX_ALIGNED = 1 << 22  # item words aligned with text at once
@@ -40,11 +40,11 @@ class Settings:
 
     ngram: int = 5  # consecutive equal words that align an item with a document
     coverage: float = 0.65  # share of an item's information that a document must contain
-    exact_ngram: int = 13  # consecutive equal words that are a hit alone, the published convention
-    # Shorter variants are not searched; below exact_ngram, only complete copies count
+    exact_ngram: int = 13  # consecutive equal words that suffice, the published convention
+    # Shorter variants are not searched; below exact_ngram, only complete copies count.
     minimum_words: int = 8
     minimum_information: float = 60.0  # bits that must match; common phrases match in fewer
-    common_items: int = 12  # an n-gram in more items than this is template text, not evidence
+    common_items: int = 12  # an n-gram in more items than this is template text and is ignored
     minimum_run: int = 3  # consecutive equal words that count within an alignment
     slack: int = 10  # words inserted or deleted between two matching runs
     similarity: float = 0.5  # minimum Jaccard index of word pairs for similar rows
@@ -68,11 +68,11 @@ def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) ->
     items: list[tuple[int, str, str]] = []
     texts: list[str] = []
     owner: list[int] = []  # item of each variant
-    for which, name in enumerate(names):
+    for number, name in enumerate(names):
         for item in sets[name]:
             variants = dict.fromkeys(item.variants)
             owner += [len(items)] * len(variants)
-            items.append((which, item.id, max(item.variants, key=len, default="")[: 2 * EXCERPT]))
+            items.append((number, item.id, max(item.variants, key=len, default="")[: 2 * EXCERPT]))
             texts += variants
     if not texts:
         raise ValueError("the test sets have no items; give at least one with text")
@@ -100,7 +100,7 @@ def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) ->
 
     grams, frequency = item_counts(settings.ngram, np.arange(len(words)))
     rare = (frequency > 0) & (frequency <= settings.common_items)
-    weights[~_spread(rare, settings.ngram)] = 0  # words that occur in template text only
+    weights[~_spread(rare, settings.ngram)] = 0  # words that occur only in template text
     # The shorter n-gram at the start of a template is at least as common: ngram <= exact_ngram
     common = np.flatnonzero(frequency > settings.common_items)
     template = item_counts(settings.exact_ngram, common)[1] > settings.common_items
@@ -159,14 +159,14 @@ def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) ->
 
 
 def _sort_into_groups(keys: NDArray) -> tuple[NDArray, NDArray]:
-    """Return the stable order that sorts keys; and for each sorted key its group, from 0."""
+    """Return the stable order that sorts keys, and the group of each sorted key, from 0."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     return order, np.append(0, np.cumsum(ordered[1:] != ordered[:-1]))[: len(keys)]
 
 
 class Index:
-    """Indexed test sets. A saved index is memory-mapped and pickled as its path: workers share it.
+    """Indexed test sets. A saved index is memory-mapped and pickled as its path for workers.
 
     sizes: number of items per set. too_short: ids of unsearchable items per set.
     """
@@ -254,7 +254,7 @@ class Index:
 
     @cached_property
     def overlap(self) -> int:
-        """Characters that adjacent pieces share: twice the longest item, 12 characters a word."""
+        """Return the characters that adjacent pieces share: twice the longest item, 12 per word."""
         return 24 * int(np.diff(self.arrays["bounds"]).max())
 
     @cached_property
@@ -285,7 +285,7 @@ class Index:
             )
 
     def _lookup(self, grams: NDArray, bounds: NDArray) -> tuple[NDArray, NDArray]:
-        """Return the words of batch and index at which each shared n-gram begins, all pairs."""
+        """Return all pairs of words, of batch and index, at which a shared n-gram begins."""
         slots = grams >> self._shift
         offsets = (slots & np.uint64(7)).astype(np.uint8)
         bits = self.arrays["filter"][slots >> np.uint64(3)] >> offsets
@@ -307,26 +307,26 @@ class Index:
         return np.repeat(position, counts), places
 
     def _align(
-        self, words: NDArray, bounds: NDArray, position: NDArray, place: NDArray
+        self, words: NDArray, bounds: NDArray, position: NDArray, index_word: NDArray
     ) -> Iterator[tuple[int, int, float, int, int, str]]:
         """Yield the hits as (document, item, score, first word, last word, rule), by document.
 
-        An n-gram begins at word `position` of the batch and at word `place` of the index.
+        A shared n-gram begins at word `position` of the batch and word `index_word` of the index.
         """
         arrays, settings = self.arrays, self.settings
         document = np.searchsorted(bounds, position, side="right") - 1
         inside = position + settings.ngram <= bounds[document + 1]
-        position, place, document = position[inside], place[inside], document[inside]
+        position, index_word, document = position[inside], index_word[inside], document[inside]
         if not len(position):
             return
-        # An alignment puts word i of the index on word i + shift of the batch
+        # An alignment matches word i of the index with word i + shift of the batch
         shift_range = len(words) + len(arrays["words"]) + settings.slack + 1
-        variant = arrays["variant_of"][place].astype(np.int64)
+        variant = arrays["variant_of"][index_word].astype(np.int64)
         keys = (document * len(arrays["item_of"]) + variant) * shift_range + (
-            position - place + len(arrays["words"])
+            position - index_word + len(arrays["words"])
         )
         keys, first = np.unique(keys, return_index=True)
-        variant, document, shift = variant[first], document[first], (position - place)[first]
+        variant, document, shift = variant[first], document[first], (position - index_word)[first]
         # Close alignments of a variant form one candidate
         new = np.append(True, np.diff(keys) > settings.slack)
         borders = np.append(np.flatnonzero(new), len(keys))
@@ -351,7 +351,7 @@ class Index:
         shift: NDArray,
         new: NDArray,
     ) -> Iterator[tuple[int, int, float, int, int, str]]:
-        """Score alignments of variants with documents. new: True at each candidate's first one."""
+        """Score alignments of variants with documents. new: True if a candidate begins."""
         arrays, settings = self.arrays, self.settings
         begin = np.maximum(arrays["bounds"][variant], bounds[document] - shift)
         end = np.minimum(arrays["bounds"][variant + 1], bounds[document + 1] - shift)
@@ -395,14 +395,14 @@ class Index:
             for i in [best] if any_complete[candidate] else near:
                 mask = matching[edges[i] : edges[i + 1]]
                 covered[begin[i] - start : end[i] - start] |= mask
-                ones = np.flatnonzero(mask)
-                if not len(ones):
+                positions = np.flatnonzero(mask)
+                if not len(positions):
                     continue  # a hash collision of an n-gram
-                firsts.append(int(begin[i] + ones[0] + shift[i]))
-                lasts.append(int(begin[i] + ones[-1] + shift[i]))
+                firsts.append(int(begin[i] + positions[0] + shift[i]))
+                lasts.append(int(begin[i] + positions[-1] + shift[i]))
             weights = arrays["weights"][start : start + length]
             score = float(weights[covered].sum()) / max(float(weights.sum()), 1e-9)
-            # A repeated word, as in tables of numbers, adds no information
+            # A repeated word, as in tables of numbers, adds no information.
             _, distinct = np.unique(
                 arrays["words"][start : start + length][covered], return_index=True
             )
@@ -462,7 +462,7 @@ def _pieces(text: str, overlap: int) -> Iterator[tuple[int, str]]:
 
 
 def _merge(hits: list[Hit]) -> list[Hit]:
-    """Merge one document's overlapping hits of an item into the best one, with the joint span."""
+    """Merge one document's overlapping hits of an item into the best hit, with the joint span."""
     merged: list[Hit] = []
     for hit in sorted(hits, key=lambda hit: (hit.test_set, hit.test_id, hit.span)):
         last = merged[-1] if merged else None
@@ -485,7 +485,7 @@ def _ranges(first: NDArray, counts: NDArray) -> NDArray:
 def _runs(equal: NDArray, remaining: NDArray, size: int) -> NDArray:
     """Return where runs of `size` equal words begin, as booleans.
 
-    equal has one element more than remaining, the number of words to the end of the alignment.
+    remaining: number of words to the end of the alignment; `equal` has one more element.
     """
     total = np.append(0, np.cumsum(equal))
     stop = np.minimum(np.arange(len(remaining)) + size, len(remaining))

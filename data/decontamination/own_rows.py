@@ -46,15 +46,15 @@ class OwnEval:
     # question, choices, answer, text, id or subject -> column of the rows (default: equal names).
     # a.b is key b of the object in column a; choices may be a list of columns.
     columns: dict[str, str | tuple[str, ...] | None] = field(default_factory=dict)
-    metric: str | tuple[str, ...] | None = None  # one or several of METRICS; the first is the main
+    metric: str | tuple[str, ...] | None = None  # of METRICS; the first is the main metric
     # How the answer names a choice: index (from 0), position (from 1), letter or text.
-    # Default: a number is an index; a text is an index, a letter or a choice, if unambiguous.
+    # Default: a number is an index; text is an index, a letter or a choice, if unambiguous.
     answer_is: Annotated[str, one_of(*ANSWERS)] | None = None
     shots: NonNegativeInt = 0  # solved examples before each question
     shots_path: str | None = None  # rows of the solved examples; default: the other rows of `path`
-    limit: PositiveInt | None = None  # evaluate the first rows only
+    limit: PositiveInt | None = None  # evaluate only the first rows
     template: str | None = None  # prompt with {question} and other columns; the answer follows
-    max_tokens: PositiveInt | None = None  # per generated answer; default: 64
+    max_tokens: PositiveInt | None = None  # maximum tokens of a generated answer; default: 64
     stop: tuple[str, ...] | None = None  # texts that end an answer; default: a newline
     chat: bool = False  # prompt in the model's chat template
     split: str = "train"  # of a hub data set
@@ -99,23 +99,23 @@ class OwnEval:
         return (self.metric,) if isinstance(self.metric, str) else tuple(self.metric)
 
     def column(self, role: str) -> str | tuple[str, ...]:
-        """The column, or the columns, of a role."""
+        """Return the column or the columns of a role."""
         column = self.columns.get(role) or role
         return column if isinstance(column, str) else tuple(column)
 
 
 @dataclass(frozen=True)
 class OwnRow:
-    """A row of an evaluation. Rows are equal if their values are, as in lm-eval's few-shot draw."""
+    """A row of an evaluation. Rows with equal values are equal, as in lm-eval's few-shot draw."""
 
-    values: dict[str, Any]  # as read
+    values: dict[str, Any]  # the row as read
     where: str = field(compare=False)  # file:line
     id: str = field(compare=False)
     subject: str = field(compare=False, default="")
     question: str = field(compare=False, default="")
     choices: tuple[str, ...] = field(compare=False, default=())
     gold: int = field(compare=False, default=-1)  # index of the right choice
-    answers: tuple[str, ...] = field(compare=False, default=())  # accepted answers; the choice
+    answers: tuple[str, ...] = field(compare=False, default=())  # accepted, or the right choice
     text: str = field(compare=False, default="")
 
     def render(self, template: str) -> str:
@@ -126,9 +126,9 @@ class OwnRow:
             if name == "question":
                 return self.question
             if not isinstance(content := self.values.get(name), str | int | float):
-                found = f"{shown(content)} as {name}" if name in self.values else f"no {name!r}"
+                problem = f"{shown(content)} as {name}" if name in self.values else f"no {name!r}"
                 raise ValueError(
-                    f"{self.where} has {found}, but the template needs a text for {match[0]}; fix "
+                    f"{self.where} has {problem}, but the template needs text for {match[0]}; fix "
                     "the row or the template"
                 )
             return str(content)
@@ -136,7 +136,7 @@ class OwnRow:
         return PLACEHOLDER.sub(value, template)
 
     def variants(self) -> tuple[str, ...]:
-        """The texts whose presence in training data makes the row contaminated."""
+        """Return the texts whose presence in training data makes the row contaminated."""
         if self.text:
             return (self.text,)
         answered = (self.question, f"{self.question}\n{self.answers[0]}")
@@ -144,9 +144,9 @@ class OwnRow:
 
 
 def read_definition(path: Path) -> OwnEval:
-    """Read a definition for decontamination; ValueError if it is none.
+    """Read a definition for decontamination; ValueError if it is invalid.
 
-    evals/eval_own.py:definition gives better messages, and reads files with `extends`.
+    evals/eval_own.py:definition gives better messages and supports `extends`.
     """
     values = read_yaml_file(path)
     try:
@@ -157,24 +157,31 @@ def read_definition(path: Path) -> OwnEval:
         ) from error
 
 
-def files_of(own: OwnEval, path: str | None = None) -> list[Path]:
-    """The files with the rows and with the solved examples; none for a hub data set.
+def files_of(definition: OwnEval, path: str | None = None) -> list[Path]:
+    """Return the files of the rows and of the solved examples; [] for a hub data set.
 
-    path: default: own.path.
+    path: default: definition.path.
     """
-    paths = [path or own.path, *([own.shots_path] if own.shots_path else [])]
+    paths = [path or definition.path, *([definition.shots_path] if definition.shots_path else [])]
     return [file for path in paths for file in input_files(path).values()]
 
 
-def read_own_rows(own: OwnEval, path: str | None = None) -> list[OwnRow]:
-    """Read and check all rows. path: default: own.path. ValueError names a bad row's file:line."""
-    path = path or own.path
-    rows = read_rows(path, own.split, own.config) if path.startswith(HUB) else read_rows(path)
+def read_own_rows(definition: OwnEval, path: str | None = None) -> list[OwnRow]:
+    """Read and check all rows; ValueError names a bad row's file:line.
+
+    path: default: definition.path.
+    """
+    path = path or definition.path
+    rows = (
+        read_rows(path, definition.split, definition.config)
+        if path.startswith(HUB)
+        else read_rows(path)
+    )
     checked = []
     for number, row in enumerate(rows, 1):
         if isinstance(row, Skipped):
             raise ValueError(f"{row.where}: {row.reason}; fix or remove the line")
-        checked.append(_checked(own, row, number))
+        checked.append(_checked(definition, row, number))
     if not checked:
         raise ValueError(f"{path} has no rows; give a file with at least one")
     return checked
@@ -183,23 +190,23 @@ def read_own_rows(own: OwnEval, path: str | None = None) -> list[OwnRow]:
 class _Reader:
     """Typed access to a row by role; ValueError names file and line."""
 
-    def __init__(self, own: OwnEval, row: Row):
-        self.own, self.row = own, row
+    def __init__(self, definition: OwnEval, row: Row):
+        self.definition, self.row = definition, row
 
     def fail(self, problem: str) -> ValueError:
         return ValueError(f"{self.row.where} {problem}; fix the row, or `columns` in the YAML file")
 
     def value(self, role: str) -> Any:
-        """The content of a role's column, or of its columns as a list."""
-        column = self.own.column(role)
+        """Return the content of a role's column, or a list for several columns."""
+        column = self.definition.column(role)
         if isinstance(column, tuple):
             return [self._at(name) for name in column]
         return self._at(column)
 
     def optional(self, role: str, default: str) -> str:
-        """The content as text; the default if the rows need not have the column."""
-        given = role in self.own.columns or (role == "id" and "id" in self.row.value)
-        return str(self.value(role)) if given else default
+        """Return the content as text; the default if the definition does not name the column."""
+        has_column = role in self.definition.columns or (role == "id" and "id" in self.row.value)
+        return str(self.value(role)) if has_column else default
 
     def _at(self, column: str) -> Any:
         if not _has(self.row.value, column):
@@ -223,7 +230,7 @@ class _Reader:
         return tuple(value)
 
     def gold(self, choices: tuple[str, ...]) -> int:
-        """Index of the right choice; ValueError if the answer names none, or several."""
+        """Return the index of the right choice; ValueError if the answer names none or several."""
         value, count = self.value("answer"), len(choices)
         text = str(value).strip()
         number = int(text) if text.isdecimal() and len(text) < 4 else -1
@@ -234,25 +241,25 @@ class _Reader:
             "letter": letter,
             "text": choices.index(value) if value in choices else -1,
         }
-        if self.own.answer_is:
-            ways = [self.own.answer_is]
+        if self.definition.answer_is:
+            ways = [self.definition.answer_is]
         elif isinstance(value, int):
             ways = ["index"]
         else:
             ways = ["index", "letter", "text"]
         valid = isinstance(value, (int, str)) and not isinstance(value, bool)
-        found = {way: readings[way] for way in ways if valid and 0 <= readings[way] < count}
-        if not found:
+        choice = {way: readings[way] for way in ways if valid and 0 <= readings[way] < count}
+        if not choice:
             raise self.fail(
                 f"has {shown(value)} as answer, which is not the {' or '.join(ways)} of one of "
                 f"its {count} choices (answer_is sets how it is read)"
             )
-        if len(set(found.values())) > 1:
+        if len(set(choice.values())) > 1:
             raise self.fail(
-                f"has {shown(value)} as answer, which is the {' and the '.join(found)} of "
+                f"has {shown(value)} as answer, which is the {' and the '.join(choice)} of "
                 "different choices; set answer_is"
             )
-        return next(iter(found.values()))
+        return next(iter(choice.values()))
 
     def answers(self) -> tuple[str, ...]:
         value = self.value("answer")
@@ -268,18 +275,18 @@ class _Reader:
         return tuple(str(answer).strip() for answer in values)
 
 
-def _checked(own: OwnEval, row: Row, number: int) -> OwnRow:
-    reader = _Reader(own, row)
+def _checked(definition: OwnEval, row: Row, number: int) -> OwnRow:
+    reader = _Reader(definition, row)
     common: dict[str, Any] = {
         "values": row.value,
         "where": row.where,
         "id": reader.optional("id", str(number)),
         "subject": reader.optional("subject", ""),
     }
-    if own.kind == "text":
+    if definition.kind == "text":
         return OwnRow(**common, text=reader.text("text"))
     question = reader.text("question")
-    if own.kind == "question_answer":
+    if definition.kind == "question_answer":
         return OwnRow(**common, question=question, answers=reader.answers())
     choices = reader.choices()
     gold = reader.gold(choices)
@@ -295,7 +302,7 @@ def _has(row: Any, column: str) -> bool:
 
 
 def _at(row: dict[str, Any], column: str) -> Any:
-    """The content of a column; a.b is key b of the object in column a."""
+    """Return the content of a column; a.b is key b of the object in column a."""
     if column in row:
         return row[column]
     first, _, rest = column.partition(".")

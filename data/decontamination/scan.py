@@ -39,11 +39,11 @@ def decontaminate(
     rows: bool = False,
     workers: int = 1,
 ) -> tuple[Index, dict[str, Any]]:
-    """Scan training data for test sets; write the report to output and return it with the index.
+    """Scan training data for test sets; write the report to `output`; return index and report.
 
     train: files, folders, sources of a store (STORE:SOURCE), or known names streamed from the hub.
-    tests: arguments of load_test_sets. rows: also report similar_rows. workers: processes, one file
-    at a time each.
+    tests: arguments of load_test_sets. rows: also report similar_rows. workers: processes; each
+    scans one file at a time.
     """
     sets = load_test_sets(tests, cache)
     known_names = [name for name in train if name in HUB_SOURCES or name in quickstart_sources()]

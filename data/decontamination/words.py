@@ -80,7 +80,7 @@ def hash_words(texts: list[str]) -> tuple[NDArray, NDArray, NDArray]:
 
 
 def ngrams(words: NDArray, size: int) -> NDArray:
-    """Hash of the n-gram that begins at each word, uint64 [W - size + 1], mixed in all bits."""
+    """Return the hash of the n-gram that begins at each word, uint64 [W - size + 1]."""
     count = max(0, len(words) - size + 1)
     hashes = words[:count].copy()
     for i in range(1, size):

@@ -1,7 +1,7 @@
 """Run pipeline stages with datatrove's executors: locally, on a Slurm cluster or on a Ray cluster.
 
-A stage is a list of datatrove steps and a number of tasks. A finished task leaves a marker, and a
-restarted run skips it. An unfinished task rewrites its files from the beginning.
+A stage is a list of datatrove steps and a number of tasks. A finished task writes a marker, and a
+restarted run skips the task. An unfinished task rewrites its files from the beginning.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class Stage(NamedTuple):
 
 
 def run_stages(stages: list[Stage], config: ExecutorConfig, lock: Path, jobs: Path) -> bool:
-    """Run stages in order. Returns False if they were only submitted to Slurm.
+    """Run stages in order; return False if they were only submitted to Slurm.
 
     lock: held by `exclusive_run`; local tasks hold a second lock beside it. jobs: file of Slurm job
     ids. ValueError if a task failed for a reason the user can fix; finished tasks stay finished.
@@ -77,7 +77,7 @@ def run_stages(stages: list[Stage], config: ExecutorConfig, lock: Path, jobs: Pa
 class _Local(LocalPipelineExecutor):
     """datatrove's local executor with a pool that fails if a worker dies and ends with its parent.
 
-    It prints a progress bar only.
+    Prints only a progress bar.
     """
 
     def __init__(self, stage: Stage, lock: Path, workers: int):
@@ -121,7 +121,7 @@ class _Local(LocalPipelineExecutor):
 
 
 def _exit_with_parent(parent: int) -> None:
-    """End this process when process `parent` ends, even by SIGKILL; the next run does its tasks."""
+    """End this process when process `parent` ends, even by SIGKILL; the next run continues."""
 
     def watch() -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -189,8 +189,8 @@ def _ray(config: ExecutorConfig) -> Iterator[None]:
 class _Ray(RayPipelineExecutor):
     """datatrove's Ray executor, but a task's process ends on SIGTERM.
 
-    datatrove forks that process from a Ray worker and ends it with SIGTERM. The worker's handler,
-    which the fork inherits, can wait forever for threads that the fork lacks.
+    datatrove forks the process from a Ray worker and ends it with SIGTERM. The fork inherits the
+    worker's handler, which can wait forever for threads that the fork lacks.
     """
 
     def _run_for_rank(self, *args: Any, **kwargs: Any) -> Any:
@@ -209,10 +209,7 @@ def _ray_executor(stage: Stage, config: ExecutorConfig) -> RayPipelineExecutor:
 
 
 def check_queue(jobs: Path) -> None:
-    """Raise ValueError if submitted Slurm jobs are queued or running.
-
-    New jobs would repeat them.
-    """
+    """ValueError if submitted Slurm jobs are queued or running: new jobs would repeat them."""
     if jobs.is_file():
         try:
             queued = subprocess.run(

@@ -58,8 +58,8 @@ from data.tokenizers.public import load_public
 from data.tokenizers.reuse import copy_tokenizer, ensure_tokenizer
 from files import write_text
 
-SAMPLED_PARTS = 32  # evenly spaced parts of a source in the tokenizer's training text
-VERSION = 1  # of the steps; increment when the same documents give other shards
+SAMPLED_PARTS = 32  # evenly spaced parts of a source that the tokenizer trains on
+VERSION = 1  # version of the steps; increment when the same documents give different shards
 
 
 class WorkFolders(NamedTuple):
@@ -137,7 +137,7 @@ def prepare(recipe: Recipe) -> str:
         jobs = store / "work" / "slurm_jobs"
         check_queue(jobs)
         for folder in store.glob("work/*-*"):
-            # Remove other inputs' folders, and unfinished shards that are no longer complete
+            # Remove folders of other inputs, and unfinished shards that have lost files.
             stale = folder not in (clean, tokens, index)
             if stale or (folder == tokens and _shards_lost(tokens, parts, missing)):
                 shutil.rmtree(folder)
@@ -308,7 +308,7 @@ class Publish(PipelineStep):
         return read_json(self.work / "hits" / f"{rank:05d}.json")
 
     def _report(self, entries: list[dict]) -> dict[str, dict]:
-        """Count per source: documents read, dropped, repeated, contaminated and kept; tokens."""
+        """Count tokens and documents read, dropped, repeated, contaminated and kept, per source."""
         report: dict[str, Counter] = {source: Counter() for source in self.recipe.sources}
         for rank, (part, entry) in enumerate(zip(self.parts, entries, strict=True)):
             count = report[part.source]
@@ -334,11 +334,11 @@ def _write_index(recipe: Recipe, folder: Path, cache: Path) -> None:
 
 
 def _inputs(recipe: Recipe, parts: list[Part]) -> dict:
-    """Return everything that determines the shards, as JSON values."""
+    """Return all inputs that determine the shards, as JSON values."""
     folder = Path(recipe.store) / "tokenizer"
     inputs: dict[str, Any] = {
         "version": VERSION,
-        "order": list(recipe.sources),  # decides which duplicate stays and which task reads a part
+        "order": list(recipe.sources),  # decides which duplicate is kept, and the task of a part
         "documents": _hashes(parts),
         "clean": {source: asdict(settings) for source, settings in recipe.sources.items()},
         "dedup": asdict(recipe.dedup),

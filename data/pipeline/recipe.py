@@ -12,7 +12,7 @@ FILTERS = ("gopher_repetition", "gopher_quality", "fineweb_quality", "c4_quality
 
 
 class Split:
-    """Assigns val_fraction of the documents to validation, by a hash of the document id alone."""
+    """Assigns val_fraction of the documents to validation, by a hash of only the document id."""
 
     def __init__(self, val_fraction: float):
         if not 0 <= val_fraction < 1:
@@ -36,7 +36,7 @@ class CleanConfig:
     # ISO 639-1 code, by fastText's lid.176 on the first 2,000 characters; None: any language
     language: str | None = None
     min_language_score: Annotated[float, at_least(0, maximum=1)] = 0.65  # FineWeb's threshold
-    filters: tuple[str, ...] = ()  # from FILTERS: datatrove's, with their papers' thresholds
+    filters: tuple[str, ...] = ()  # of FILTERS: datatrove's, with their papers' thresholds
     mask_pii: bool = False  # replace e-mail and public IP addresses
 
     def __post_init__(self) -> None:
@@ -57,8 +57,8 @@ class DedupConfig:
     """Removes duplicates of earlier documents, across all sources in the recipe's order.
 
     minhash: near-duplicates by the Jaccard similarity of word n-grams. A pair of similarity s is
-    found with probability 1-(1-s^hashes)^buckets: 0.92 at 0.8, 0.56 at 0.7. exact: equal texts
-    only. Both find every pair of equal texts.
+    detected with probability 1-(1-s^hashes)^buckets: 0.92 at 0.8, 0.56 at 0.7. exact: only equal
+    texts. Both detect every pair of equal texts.
     """
 
     kind: str = "minhash"  # or exact, none
@@ -76,8 +76,8 @@ class DedupConfig:
 class DecontaminateConfig:
     """The benchmarks to search for and the action on a hit: drop the document, cut it, or keep it.
 
-    Rules are those of data/decontamination/index.py: exact, coverage, 13-gram. Famous quotations in
-    test items (the Declaration of Independence in MMLU) match the 13-gram rule only;
+    The rules exact, coverage and 13-gram are in data/decontamination/index.py. Famous quotations in
+    test items (the Declaration of Independence in MMLU) match only the 13-gram rule;
     by_rule: {13-gram: cut} keeps documents that quote them.
     """
 
@@ -122,8 +122,8 @@ class TokenizerConfig:
     # includes the special tokens and the 256 bytes
     vocab_size: Annotated[int, at_least(1, below=2**31)] = 32_000
     sample_megabytes: PositiveInt = 1_000  # training text, in equal shares from the sources
-    public: str | None = None  # gpt2, cl100k_base or o200k_base: use it unchanged, train none
-    folder: str | None = None  # model folder whose tokenizer to use unchanged, train none
+    public: str | None = None  # gpt2, cl100k_base or o200k_base, used unchanged instead of training
+    folder: str | None = None  # model folder whose tokenizer is used unchanged instead of training
 
     def __post_init__(self) -> None:
         check_fields(self, "tokenizer")

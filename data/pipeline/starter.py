@@ -1,4 +1,4 @@
-"""Choose a starter recipe for one's own text: held-out share, vocabulary, filters, steps.
+"""Choose a starter recipe for a user's text: validation share, vocabulary, filters, steps.
 
 scripts/new_recipe.py writes the files. The rules and their sources are in docs/own_data.md.
 """
@@ -16,21 +16,21 @@ from data.pipeline.recipe import Split
 from data.tokenizers.bpe import sample_texts, train_tokenizer
 from files import parse_object
 
-FRACTIONS = (0.02, 0.05, 0.1, 0.2)  # of the documents, held out: the first that suffices
+FRACTIONS = (0.02, 0.05, 0.1, 0.2)  # validation shares; the first that suffices is used
 LEAST_HELD_OUT = 20_000  # bytes of each source: 16 rows of 256 tokens of up to 5 bytes
 MOST_HELD_OUT = 0.3  # of a source's bytes: our judgement
-LEAST_BYTES = 100_000  # of all text; less does not train anything visible: our judgement
-LARGE = 100_000_000  # bytes from which text is filtered and searched for benchmark items: ditto
+LEAST_BYTES = 100_000  # minimum bytes of all text; less has no visible effect: our judgement
+LARGE = 100_000_000  # minimum bytes to filter text and search it for benchmark items: our judgement
 PIECES = 50  # documents into which a source's text files are cut if they are too few
 PIECE_CHARS = (1_000, 20_000)  # shortest and longest of these documents
 
-VOCABULARIES = (512, 1024, 2048, 4096)  # the last is that of the quickstart's model
-SAMPLE = 2_000_000  # bytes on which vocabularies are compared
-# The largest BPE vocabulary of which this share of the tokens occurs so often in the training text
-# (Gowda and May, arXiv:2004.02334)
+VOCABULARIES = (512, 1024, 2048, 4096)  # the quickstart's model has the last
+SAMPLE = 2_000_000  # bytes of text that vocabularies are compared on
+# Choose the largest BPE vocabulary in which this share of the tokens occurs this often in the text
+# (Gowda and May, arXiv:2004.02334).
 FREQUENT_SHARE, FREQUENT = 0.95, 100
 
-MAX_EPOCHS = 4  # repeated tokens are nearly as good as new ones until then (arXiv:2305.16264)
+MAX_EPOCHS = 4  # up to here, repeated tokens are nearly as good as new tokens (arXiv:2305.16264)
 LEAST_STEPS = 40  # our judgement
 
 
@@ -42,7 +42,7 @@ class SourceSize(NamedTuple):
     held_out: tuple[tuple[int, int], ...]  # (documents, bytes)
 
     def suffices(self, number: int) -> bool:
-        """Return True if fraction `number` holds out enough text, and leaves enough."""
+        """Return True if fraction `number` gives enough text for both validation and training."""
         return LEAST_HELD_OUT <= self.held_out[number][1] <= MOST_HELD_OUT * self.size
 
     def choices(self) -> int:
@@ -51,7 +51,7 @@ class SourceSize(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """A vocabulary and what it was chosen by."""
+    """A vocabulary and the figures that it was chosen by."""
 
     size: int
     bytes_per_token: float
@@ -86,7 +86,7 @@ def source_size(documents: Iterable[tuple[str, str]]) -> SourceSize:
 
 
 def choose_fraction(sizes: Sequence[SourceSize]) -> float | None:
-    """Return the least of FRACTIONS that suffices for every source; None if none does."""
+    """Return the smallest of FRACTIONS that suffices for every source; None if none does."""
     for number, fraction in enumerate(FRACTIONS):
         if all(size.suffices(number) for size in sizes):
             return fraction
@@ -94,28 +94,28 @@ def choose_fraction(sizes: Sequence[SourceSize]) -> float | None:
 
 
 def piece_chars(size: int) -> int:
-    """Return the length of documents into which text files of `size` bytes in total are cut."""
+    """Return the document length for cutting text files of `size` bytes in total."""
     shortest, longest = PIECE_CHARS
     return min(longest, max(shortest, size // PIECES // 1000 * 1000))
 
 
 def choose_vocabulary(
-    sources: Sequence[Iterable[str]], size: int, wanted: int | None = None
+    sources: Sequence[Iterable[str]], size: int, vocab_size: int | None = None
 ) -> Vocabulary:
     """Return the largest of VOCABULARIES with enough frequent tokens, or the smallest.
 
-    sources: training texts of each, `size` bytes in total; a sample is read. wanted: that size,
-    which is only measured. ValueError if the texts do not yield enough tokens.
+    sources: training texts per source, `size` bytes in total; a sample is read. vocab_size: use and
+    measure this size. ValueError if the texts do not yield enough tokens.
     """
     texts = list(sample_texts(sources, SAMPLE))
-    tokenizer = _largest_tokenizer(texts, (wanted,) if wanted else VOCABULARIES[::-1])
+    tokenizer = _largest_tokenizer(texts, (vocab_size,) if vocab_size else VOCABULARIES[::-1])
     words: Counter[str] = Counter()
     for text in texts:
         assert tokenizer.pre_tokenizer is not None
         words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
     largest = tokenizer.get_vocab_size()
     candidates = [candidate for candidate in VOCABULARIES if candidate < largest]
-    for candidate in (largest, *([] if wanted else reversed(candidates))):
+    for candidate in (largest, *([] if vocab_size else reversed(candidates))):
         vocabulary = _measured(tokenizer, candidate, words, size)
         if vocabulary.frequent >= FREQUENT_SHARE:
             break
@@ -131,9 +131,9 @@ def _largest_tokenizer(texts: Sequence[str], candidates: Sequence[int]) -> Token
 
 
 def _measured(tokenizer: Tokenizer, size: int, words: Counter[str], total: int) -> Vocabulary:
-    """Measure the first `size` tokens of a BPE vocabulary: merges are in the order of training.
+    """Measure the first `size` tokens of a BPE vocabulary, whose merges are in training order.
 
-    words: of a sample, with their counts. total: bytes of the training text.
+    words: words of a sample, with their counts. total: bytes of the training text.
     """
     content = parse_object(tokenizer.to_str())["model"]
     vocabulary = {token: index for token, index in content["vocab"].items() if index < size}
@@ -143,7 +143,7 @@ def _measured(tokenizer: Tokenizer, size: int, words: Counter[str], total: int) 
     for word, count in words.items():
         for token in model.tokenize(word):
             counts[token.id] += count
-    # Bytes and special tokens are in every vocabulary, frequent or not; one character is one byte.
+    # Every vocabulary has the bytes and special tokens, frequent or not; one character is one byte.
     special = tokenizer.get_added_tokens_decoder()
     learned = [
         index for token, index in vocabulary.items() if len(token) > 1 and index not in special

@@ -181,7 +181,7 @@ def recipe_text(choice: Starter, about: str) -> str:
         cut = f" --document_chars {source.piece_chars}" if source.piece_chars else ""
         lines.append(
             f"# python -m scripts.download_data --dataset {source.path} --name {source.name}"
-            f"{cut} --output {choice.store}"
+            f"{cut} --output_dir {choice.store}"
         )
     lines.append(f"store: {choice.store.as_posix()}")
     lines += _comment(f"The smallest share that holds out enough: {held_out}.")

@@ -1,6 +1,6 @@
-"""Pipeline steps that datatrove lacks, and faster versions of its own. One task handles one part.
+"""Pipeline steps that datatrove lacks, and faster versions of its steps. A task handles one part.
 
-Each task reads and writes its own files, named by its rank; a killed task can be run again.
+The files of a task are named by its rank, so a killed task can be run again.
 """
 
 import json
@@ -166,7 +166,7 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Lists of at most BATCH documents and BATCH_CHARS characters; a longer document is alone."""
+    """Yield lists of at most BATCH documents and BATCH_CHARS characters, or one longer document."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -253,7 +253,7 @@ class Clean(PipelineStep):
 class Mask(PIIFormatter):
     """datatrove's mask for e-mail and public IP addresses, with an e-mail search around each @.
 
-    datatrove's own e-mail search takes quadratic time in long words.
+    datatrove's e-mail search takes quadratic time in long words.
     """
 
     def format(self, text: str) -> str:
@@ -302,8 +302,8 @@ def _reason_to_drop(
 class Signature(MinhashDedupSignature):
     """datatrove's MinHash signatures from word n-grams hashed in numpy.
 
-    A document with fewer words is one n-gram. With n_grams=0 the text is the only shingle: equal
-    texts have equal signatures, others differ.
+    A document with fewer words is one n-gram. With n_grams=0, the full text is the only shingle:
+    only equal texts have equal signatures.
     """
 
     def __init__(self, folder: str, config: MinhashConfig):

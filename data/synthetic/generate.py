@@ -2,8 +2,8 @@
 
 Topics: arithmetic, tool use, facts about countries, the assistant's identity; and a small domain
 for models of a few million parameters (data/synthetic/small_domain.py). Each generator
-returns `count` distinct examples of one split, deterministic by seed. The split depends on the
-question only (questions.is_heldout), so training and heldout examples never overlap.
+returns `count` distinct examples of one split, deterministic by seed. The split depends
+only on the question (questions.is_heldout), so training and heldout examples never overlap.
 data/synthetic/questions.py defines the format and the scoring.
 """
 

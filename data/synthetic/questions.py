@@ -18,7 +18,7 @@ Message = dict[str, Any]
 Example = dict[str, Any]
 Check = dict[str, Any]
 Value = TypeVar("Value")
-HELDOUT_VALUES = 32  # of the 256 values of a hash byte
+HELDOUT_VALUES = 32  # number of the 256 values of a hash byte
 SPLITS = ("train", "heldout")
 NUMBER = re.compile(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
@@ -26,7 +26,7 @@ NUMBER = re.compile(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 def is_heldout(key: str) -> bool:
     """Return True if a question is in the heldout split.
 
-    It depends on the key only, so that seeds cannot mix the splits.
+    It depends only on the key, so that seeds cannot mix the splits.
     """
     return hashlib.sha256(key.encode()).digest()[0] < HELDOUT_VALUES
 
@@ -93,7 +93,7 @@ def single_turn(
 ) -> Example:
     """Return an example with one question and one reply.
 
-    answer: type and value of the right answer. values: arguments of `say`, the right one first.
+    answer: type and value of the right answer. values: arguments of `say`, the right value first.
     """
     right, *wrong = map(say, values)
     return example(kind, key, [user(question), right], [check(1, *answer, wrong, others)])
@@ -126,9 +126,9 @@ def answer_of(text: str, kind: str = "number") -> str:
 def is_right(example: Example, text: str, check: int = -1) -> bool:
     """Return True if a reply gives the right answer; other words may surround it.
 
-    A text answer must not appear with a wrong one. A value within a longer one does not count:
-    Southeast Asia is not Asia. The unit of a number must be present. check: index into the
-    example's checks; default: the final answer.
+    A text answer must not appear together with a wrong answer. A value inside a longer value does
+    not count: Southeast Asia is not Asia. The unit of a number must be present. check: index into
+    the example's checks; default: the final answer.
     """
     selected = example["checks"][check]
     kind, answer = selected["type"], selected["answer"]

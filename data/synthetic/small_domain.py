@@ -4,10 +4,10 @@ The domain: capital, region, coast and hemisphere of the 30 most populous countr
 that have these facts; calculations with two numbers of two digits, for which the assistant calls
 the calculator; the assistant itself; and questions about anything else, to which it says that it
 does not know. Training conversations mix
-these kinds of turns, all with the calculator on offer, as in a chat.
+these kinds of turns, all with the calculator available, as in a chat.
 
-A held-out question about a country is new as a question: the fact appears in training in other
-words. A held-out sum or question from elsewhere appears in training in no words.
+A held-out question about a country is a new wording: its fact appears in training in other words. A
+held-out sum or out-of-domain question does not appear in training in any wording.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +33,8 @@ from data.synthetic.tool_use import near_results
 
 ATTRIBUTES = ("capital", "region", "landlocked", "hemisphere")
 COUNTRIES = 30
-TURNS = 6  # the most questions of a conversation
-WEIGHTS = (5, 2, 2, 1)  # of country_question, sum_question, elsewhere, identity
+TURNS = 6  # maximum questions of a conversation
+WEIGHTS = (5, 2, 2, 1)  # weights of country_question, sum_question, elsewhere, identity
 CALCULATOR = [tool for tool in TOOLS if tool["function"]["name"] == "calculator"]
 # The expression is last: a small model learns to copy over a fixed distance first.
 SUMS = (
@@ -46,7 +46,7 @@ SUMS = (
 )
 UNKNOWN = "I don't know."
 OFFER = "Ask me about a country, or a calculation."
-# Questions outside the domain: each with the things that it is asked about
+# Questions outside the domain, with their subjects.
 THINGS = {
     "person": "my mother, the king, Shakespeare, Einstein, Mozart, a nurse, the president, "
     "Picasso, my teacher, Cleopatra, the queen, a pilot, Newton, Napoleon, my brother, the mayor",
@@ -169,7 +169,7 @@ def sum_question(rng: Random) -> Example:
 
 
 def elsewhere(rng: Random, chosen: Sequence[Country]) -> Example:
-    """Return a question outside the domain. The key is its wording alone, without the thing."""
+    """Return a question outside the domain. The key is its wording, without the subject."""
     kind = rng.choice(tuple(ELSEWHERE))
     wording, things = rng.choice(ELSEWHERE[kind]), THINGS[kind].split(", ")
     guess = rng.choice(chosen).facts["capital"]
@@ -183,9 +183,9 @@ def elsewhere(rng: Random, chosen: Sequence[Country]) -> Example:
 
 
 def makers(countries: Mapping[str, Country], name: str) -> dict[str, Callable[[Random], Example]]:
-    """Return the makers of single questions, with the calculator on offer. name: the assistant's.
+    """Return functions that make single questions with the calculator available.
 
-    Their order is that of WEIGHTS.
+    They are in the order of WEIGHTS. name: the assistant's name.
     """
     chosen = domain(countries)
 

@@ -169,9 +169,9 @@ def near_results(result: str) -> list[str]:
     number = result.split()[0]
     digits = [i for i, character in enumerate(number) if character.isdigit()]
     changed = []
-    for place, add in ((digits[-1], 1), (digits[0], 1), (digits[len(digits) // 2], 5)):
-        digit = str((int(number[place]) + add) % 10) if place else str(int(number[place]) % 9 + 1)
-        changed.append(number[:place] + digit + number[place + 1 :] + result[len(number) :])
+    for i, add in ((digits[-1], 1), (digits[0], 1), (digits[len(digits) // 2], 5)):
+        digit = str((int(number[i]) + add) % 10) if i else str(int(number[i]) % 9 + 1)
+        changed.append(number[:i] + digit + number[i + 1 :] + result[len(number) :])
     return list(
         dict.fromkeys(near for near in changed if near != result and not near.startswith("-0"))
     )

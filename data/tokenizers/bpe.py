@@ -28,7 +28,7 @@ BOS = "<|endoftext|>"  # begins every document and so ends the previous one
 PAD = "<|pad|>"
 SPECIAL_TOKENS = (BOS, PAD)
 END_OF_TEXT = (BOS, "<|end_of_text|>", "</s>")  # names of a token that ends documents
-TURN_MARKERS = (  # of chat formats; a chat model's config may name one as bos or eos
+TURN_MARKERS = (  # turn markers of chat formats; a chat model's config may name one as bos or eos
     *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>"),
 )
 MAX_TOKEN_LENGTH = 16  # bytes; llama-cpp-python drops tokens of more than 32
@@ -40,7 +40,7 @@ LONG_PIECES = re.compile(
     rf"[^\W\d_]{{{MAX_PIECE},}}|(?:[^\w\s]|_){{{MAX_PIECE},}}|\s{{{MAX_PIECE},}}"
 )
 MARKER = re.compile(r"<\|.*\|>")
-BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of SentencePiece's byte fallback
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # byte tokens of SentencePiece's byte fallback
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -65,7 +65,7 @@ class DocumentTokens(NamedTuple):
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, show_progress: bool = False
 ) -> Tokenizer:
-    """Train a tokenizer. vocab_size includes special tokens and the 256 bytes.
+    """Train a byte-level BPE. vocab_size includes special tokens and the 256 bytes.
 
     ValueError if the texts do not yield enough tokens.
     """
@@ -106,9 +106,9 @@ def _cut_long_pieces(text: str) -> Iterator[str]:
 def sample_texts(sources: Sequence[Iterable[str]], max_bytes: int) -> Iterator[str]:
     """Interleave texts of all sources in equal shares of UTF-8 bytes, up to max_bytes.
 
-    The source with the fewest yielded bytes is next; a small source is used up. Deterministic. Each
-    source is read from its start and no further than yielded; nest sample_texts over a source's
-    parts to sample it at many positions.
+    Always continues with the source with the fewest yielded bytes; a small source may run out.
+    Deterministic. Reads each source from its start, only as far as needed; nest sample_texts over a
+    source's parts to sample it at many positions.
     """
     queue = [(0, i) for i in range(len(sources))]
     iterators = [iter(source) for source in sources]
@@ -173,7 +173,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def _with_file_ids(tokenizer: Tokenizer, path: Path) -> Tokenizer:
     """Return the tokenizer of a file, with the file's ids of added tokens.
 
-    tokenizers itself renumbers added tokens that the model's vocabulary lacks, from its size on.
+    tokenizers renumbers added tokens that the model's vocabulary lacks, starting at its size.
     """
     if not tokenizer.get_added_tokens_decoder():
         return tokenizer
@@ -209,9 +209,9 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def add_special_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
-    """Make tokens special; missing ones get the ids after the largest one.
+    """Make tokens special; missing tokens get the ids after the largest id.
 
-    tokenizers' own method starts at the number of tokens, which is a used id if others are unused.
+    tokenizers' method starts at the number of tokens, which may be a used id if ids have gaps.
     """
     size = vocabulary_size(tokenizer)
     added = [AddedToken(token, special=True, normalized=False) for token in tokens]
@@ -238,7 +238,7 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
 
 def special_names(folder: Path) -> dict[str, str]:
     """Return the special tokens, such as bos_token, that a folder's config files name."""
-    files = ("special_tokens_map.json", "tokenizer_config.json")  # the latter takes priority
+    files = ("special_tokens_map.json", "tokenizer_config.json")  # the later file takes priority
     texts = {
         key: text
         for settings in (read_json(folder / name) for name in files)
@@ -249,11 +249,11 @@ def special_names(folder: Path) -> dict[str, str]:
 
 
 def document_tokens(folder: Path, tokenizer: Tokenizer) -> DocumentTokens:
-    """Return the tokens that separate documents in text of a folder's tokenizer.
+    """Return the tokens that separate documents for a folder's tokenizer.
 
-    A document begins with bos and ends with eos, if these differ. A tokenizer without bos has eos
-    as first token and none at the end. Turn markers of chat formats do not separate documents:
-    instead of one, the tokenizer's END_OF_TEXT is used. ValueError if it has none of them.
+    A document begins with bos and ends with eos, if these differ. Without bos, it begins with eos
+    and has no token at its end. Turn markers of chat formats do not separate documents; END_OF_TEXT
+    replaces a turn marker. ValueError if the tokenizer has none of these tokens.
     """
     names = special_names(folder)
     for key, token in names.items():
@@ -278,7 +278,7 @@ def document_tokens(folder: Path, tokenizer: Tokenizer) -> DocumentTokens:
 def config_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return ids of bos, eos and pad for config.json; eos is a list if several tokens end text.
 
-    bos is the first token of documents if the folder names none. pad may be None.
+    Without a bos in the folder's config, bos is the first token of documents. pad may be None.
     """
     names, documents = special_names(folder), document_tokens(folder, tokenizer)
     bos, eos, pad = (
@@ -318,9 +318,9 @@ def listed_ids(config: dict[str, Any], key: str) -> list[int]:
 def token_bytes(tokenizer: Tokenizer, rows: int | None = None) -> np.ndarray:
     """Return the text bytes of each token, int64 [vocab]; 0 for special tokens and markers.
 
-    rows: of the model's embedding, at least the vocabulary; rows without a token have 0 bytes.
-    With them bits per byte are exact, for byte-level and SentencePiece vocabularies. The space that
-    some of the latter put before a text counts as a byte of it.
+    rows: rows of the model's embedding; rows without a token have 0 bytes. The counts make bits per
+    byte exact, for byte-level and SentencePiece vocabularies. A space that SentencePiece inserts
+    before a text counts as a byte.
     """
     lengths = np.zeros(rows or vocabulary_size(tokenizer), dtype=np.int64)
     added = tokenizer.get_added_tokens_decoder()
@@ -349,7 +349,7 @@ class Encoder:
     """
 
     def __init__(self, folder: str | Path):
-        """Raise ValueError if tokenizer or special tokens are missing or the export differs."""
+        """ValueError if tokenizer or special tokens are missing or the export differs."""
         self.folder = Path(folder)
         self.tokenizer = load_tokenizer(folder)
         self.tokenizer.encode_special_tokens = True
@@ -406,7 +406,7 @@ def document_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 def _has_blank(text: str, length: int) -> bool:
     """Return True if an aligned block of `length` characters is white space.
 
-    This finds every run of 2 * length.
+    This detects every run of at least 2 * length.
     """
     return any(text[i : i + length].isspace() for i in range(0, len(text) - length + 1, length))
 

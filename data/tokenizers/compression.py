@@ -1,4 +1,4 @@
-"""Compare bytes per token of a store's tokenizer and public ones on validation documents."""
+"""Compare bytes per token of a store's tokenizer and public tokenizers on documents."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial

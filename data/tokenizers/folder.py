@@ -12,7 +12,7 @@ NAMED_TEMPLATES = "additional_chat_templates"  # folder of NAME.jinja
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files of tokenizer, generation settings and chat templates that a folder has."""
+    """Return a folder's files of tokenizer, generation settings and chat templates."""
     files = [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
     return files + sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
 

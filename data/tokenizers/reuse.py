@@ -10,10 +10,10 @@ from files import write_json
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy a model folder's tokenizer, byte for byte; False if `target` has it already.
+    """Copy a model folder's tokenizer, byte for byte; return False if `target` already has it.
 
-    generation_config.json changes if its stop tokens lack the one that ends documents: a model
-    that is trained on them generates it.
+    Adds the token that ends documents to the stop tokens of generation_config.json, because a model
+    that is trained on documents generates it.
     """
     if not (source / "tokenizer.json").is_file():
         raise ValueError(
@@ -45,7 +45,7 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
 
 
 def ensure_tokenizer(source: Path, target: Path) -> None:
-    """Copy a model folder's tokenizer unless `target` has it; ValueError if it has another one."""
+    """Copy a model folder's tokenizer unless `target` has it; ValueError if it has another."""
     files = [folder / "tokenizer.json" for folder in (source, target)]
     if all(path.is_file() for path in files) and len(set(map(manifest.file_hash, files))) > 1:
         raise ValueError(

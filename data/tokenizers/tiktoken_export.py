@@ -1,8 +1,8 @@
 """Export a byte-level BPE tokenizer to tiktoken's rank file: each token's bytes and its id.
 
 tokenizers applies listed merges in order. tiktoken merges any two adjacent tokens that form a
-token, lowest id first. They agree if each token's bytes, merged using only lower ids, end as two
-tokens, and that pair is the token's listed merge. `merges_of` checks this.
+token, lowest id first. They agree if the bytes of each token, merged using only lower ids, give two
+tokens, and this pair is the token's listed merge. `merges_of` checks this.
 """
 
 import random
@@ -119,8 +119,8 @@ def tokenizer_of(export: Ranks) -> Tokenizer:
 def ranks_of(tokenizer: Tokenizer) -> Ranks:
     """Return ranks with which tiktoken reproduces a tokenizer's ids.
 
-    ValueError with the reason if no ranks do. Merges are compared one by one, the pre-tokenizer on
-    texts of `fuzz` only.
+    ValueError with the reason if no ranks do. Merges are compared one by one, pre-tokenizers
+    only on texts of `fuzz`.
     """
     content = parse_object(tokenizer.to_str())
     model, added = content["model"], content["added_tokens"]

@@ -222,7 +222,7 @@ def gates_section(report: Record) -> str:
         )
     note = (
         "A gate on a change decides with the error of two independent means, which is larger than "
-        "a paired one."
+        "a paired one; a gate on held-out text decides without an error."
     )
     body = legend() + f'<div class="gates">{"".join(cards)}</div>'
     return section("Gates", note, body, "gates") if cards else ""

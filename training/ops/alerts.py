@@ -27,9 +27,9 @@ Channel = Callable[[str, str], None]  # (title, text) -> None, or raises
 
 @dataclass(frozen=True)
 class EmailConfig:
-    """SMTP settings. A text $NAME is read from an environment variable."""
+    """SMTP settings. Text of the form $NAME is read from an environment variable."""
 
-    to: NonEmptyText  # one address, or several with commas between them
+    to: NonEmptyText  # one address, or several separated by commas
     host: NonEmptyText  # name of the SMTP server
     port: Annotated[int, at_least(1, maximum=65_535)] = 587  # port; 465 for implicit TLS
     sender: str | None = None  # default: the user, else the first recipient
@@ -53,7 +53,7 @@ class EmailConfig:
         return (*named, self.password) if self.password else (*named,)
 
     def filled(self, values: Mapping[str, str]) -> "EmailConfig":
-        """A copy with the values of environment variables in place of $NAME."""
+        """Return a copy with $NAME replaced by the values of environment variables."""
         texts = {name: getattr(self, name) for name in ("to", "host", "sender", "user")}
         known: dict[str, Any] = {
             name: values[text[1:]] for name, text in texts.items() if text and text.startswith("$")
@@ -85,7 +85,7 @@ class AlertConfig:
 
     @property
     def needs(self) -> dict[str, tuple[str, ...]]:
-        """Names of the environment variables that each channel of this config needs."""
+        """Return channel -> names of the environment variables it needs."""
         slack = {"slack": (self.slack_webhook,)} if self.slack_webhook else {}
         return slack | ({"email": self.email.needs} if self.email else {})
 
@@ -95,7 +95,7 @@ class AlertConfig:
         return tuple(dict.fromkeys(name for names in self.needs.values() for name in names))
 
     def off(self, secrets: Mapping[str, str]) -> dict[str, str]:
-        """Channels that are off, each with the names of its missing variables."""
+        """Return the channels that are off, each with its missing variables."""
         missing = {
             channel: [name for name in names if not secrets.get(name)]
             for channel, names in self.needs.items()
@@ -138,7 +138,7 @@ class Alerts:
             self.channels["command"] = lambda title, text: send_to_command(command, title, text)
 
     def send(self, kind: str, title: str, text: str) -> None:
-        """Send to all channels if `kind` is enabled and not within quiet_s. Returns at once."""
+        """Send to all channels unless `kind` is disabled or within quiet_s. Does not block."""
         now = time.monotonic()
         if (
             kind not in self.config.events

@@ -36,17 +36,18 @@ def dry_run(
     objective: Objective | None = None,
     largest: Any = None,
 ) -> float:
-    """Collective. Run the largest step without an update, to find a lack of memory early.
+    """Collective. Run the largest step without an update, to detect a lack of memory early.
 
-    Its tokens are zeros; of a mixture of experts 0, 1, 2 and so on, so that they use all experts.
+    Its tokens are zeros; for a mixture of experts they are 0, 1, 2, ..., to use all experts.
 
     objective: of the stage (default: next token). largest: its largest micro-batch, a NamedTuple
-    with `tokens` and `doc_ids` (default: a ZeroBatch of micro_batch_size rows). Gradients are
-    dropped and no random numbers drawn, so training is unchanged. Returns the peak in GB (CPU: 0).
+    with `tokens` and `doc_ids` (default: a ZeroBatch of micro_batch_size rows). It
+    drops gradients and draws no random numbers, so training is unchanged. Returns the peak in GB
+    (CPU: 0).
 
     With gradient accumulation the step has two micro-batches, since unsharded gradients wait for
-    the last one. AdamW's moments, which a new run does not have yet, are simulated with a
-    placeholder. Varlen and flash kernels recompile when the number of documents first changes, so
+    the last one. A new run has no AdamW moments yet; a placeholder takes their
+    memory. Varlen and flash kernels recompile when the number of documents first changes, so
     they run once with one document per row and once with two.
     """
     data, model, cuda = run.data, state.model, device.type == "cuda"
@@ -86,7 +87,7 @@ def dry_run(
 
 @contextmanager
 def out_of_memory(run: RunConfig, device: torch.device) -> Iterator[None]:
-    """Turn an error for a full GPU memory into a ValueError with the setting to change.
+    """Turn an out-of-memory error into a ValueError that names the setting to change.
 
     Writes a memory snapshot first, on CUDA.
     """
@@ -107,7 +108,7 @@ def out_of_memory(run: RunConfig, device: torch.device) -> Iterator[None]:
 
 
 def advice(run: RunConfig, world: int) -> str:
-    """Settings that save memory without changing results, the cheapest first."""
+    """Return settings that save memory without changing results, the cheapest first."""
     data, parallel = run.data, run.parallel
     rows_per_rank = data.rows // world
     smaller = [rows for rows in range(1, data.micro_batch_size) if rows_per_rank % rows == 0]
@@ -165,7 +166,7 @@ def traced(run: RunConfig, state: State, device: torch.device) -> Iterator[None]
 
 
 def table(profiler: profile, cuda: bool, rows: int = 12) -> str:
-    """The operators with the largest self time: share, milliseconds and calls per step."""
+    """Return a table of the operators with the largest self time: share, ms and calls per step."""
     time = lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total  # noqa: E731
     events = sorted(
         (e for e in profiler.key_averages() if not e.key.startswith("ProfilerStep")),
@@ -188,7 +189,7 @@ def memory_history(cuda: bool) -> Iterator[None]:
     if cuda:
         torch.cuda.memory._record_memory_history(max_entries=HISTORY)
     yield
-    if cuda:  # after an error the record stays, for its snapshot
+    if cuda:  # after an error the record is kept for a snapshot
         torch.cuda.memory._record_memory_history(enabled=None)
 
 

@@ -21,7 +21,7 @@ DEFAULT_STEPS = 100
 
 
 def overrides(steps: int | None) -> list[str]:
-    """Settings that turn any config into a test run of `steps` steps."""
+    """Return the settings that turn any config into a test run of `steps` steps."""
     steps = DEFAULT_STEPS if steps is None else steps
     if steps < 20:
         raise ValueError(f"--steps {steps} is too few for the loss to fall; use at least 20")
@@ -106,11 +106,11 @@ def check(run: RunConfig, state: State, checkpointer: Checkpointer, log: Log) ->
     for sentence, passed in results.items():
         log.say(f"test mode: {'ok    ' if passed else 'FAILED'}  {sentence}")
     if not all(results.values()):
-        raise ValueError("test mode failed; find the cause before training on this machine")
+        raise ValueError("test mode failed; fix the failed check before training on this machine")
 
 
 def _tensors(state: State) -> list[Any]:
-    """The tensors of model and optimizer, in a fixed order."""
+    """Return the tensors of model and optimizer, in a fixed order."""
     model, optimizer = get_state_dict(state.model, state.optimizer)
     states: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
     moments = [value for values in states.values() for value in values.values()]

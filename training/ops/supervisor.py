@@ -37,7 +37,7 @@ class Supervisor:
 
     def __init__(self, logs: Path, restarts: int, event: Callable[..., None]):
         self.logs, self.restarts, self.event = logs, restarts, event
-        self.stopped = 0  # the signal that ended the last command, 0 for none
+        self.stopped = 0  # signal that ended the last command; 0: none
 
     def run(self, program: Sequence[str], environment: Mapping[str, str]) -> int:
         """Run a command and return its exit status; 128 + signal if a signal stopped it."""
@@ -80,7 +80,7 @@ class Supervisor:
             started.append(process)
             try:
                 status = process.wait()
-            except KeyboardInterrupt:  # the stage got SIGINT, too: let it save
+            except KeyboardInterrupt:  # the stage received SIGINT too and saves
                 self.stopped = signal.SIGINT
                 status = process.wait() or 128 + signal.SIGINT
         if status in (
@@ -111,12 +111,12 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _logged(self) -> dict[Path, tuple[int, int]]:
-        """Time and size of each metrics.jsonl of the run and its stages."""
+        """Return time and size of each metrics.jsonl of the run and its stages."""
         stats = {path: path.stat() for path in self.logs.rglob("metrics.jsonl")}
         return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()}
 
     def _step(self, before: dict[Path, tuple[int, int]]) -> int | None:
-        """The last step in metrics files that changed since `before`; None if none did."""
+        """Return the last step in metrics files changed since `before`; None if none changed."""
         changed = [path for path, stat in self._logged().items() if before.get(path) != stat]
         return max(
             (step for path in changed if (step := last_step(path)) is not None), default=None
@@ -124,7 +124,7 @@ class Supervisor:
 
 
 def last_step(path: Path) -> int | None:
-    """The step of the last complete row of a metrics.jsonl; None if it has none."""
+    """Return the step of the last complete row of a metrics.jsonl; None if it has none."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - (1 << 16)))
         lines = file.read().splitlines()
@@ -145,7 +145,7 @@ def terminate_with_driver(driver: str | None) -> None:
 def terminate_with_launcher(launcher: str | None) -> None:
     """Make the kernel send SIGTERM to this rank when its launcher dies (Linux only).
 
-    A profiler may run between the two.
+    A profiler may be the process between them.
     """
     if launcher and (os.getppid() == int(launcher) or not _runs(int(launcher))):
         terminate_with_driver(launcher)
