@@ -18,6 +18,7 @@ from evals.suite import parse as parse_suite
 from evals.suite_config import open_suite
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
+from training.config import load
 from training.planning.plan import Plan, load_plan
 from training.settings import load_settings
 
@@ -152,13 +153,17 @@ def test_commands_of_plans_are_valid(path, monkeypatch, capsys):
             parse(wrong, monkeypatch)
 
 
-def test_settings_in_advice_are_those_of_the_config(monkeypatch):
+PLANS = ("configs/plan_1b.yaml", "configs/plan_1b_plus.yaml")
+
+
+@pytest.mark.parametrize("path", PLANS)
+def test_settings_in_advice_are_those_of_the_config(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     changed = 0
-    for advice in advices(load_plan("configs/plan_1b.yaml")):
+    for advice in advices(load_plan(path)):
         settings = SETTING.findall(advice)
         if settings:
-            (config,) = set(re.findall(r"in (configs/\w+\.yaml)", advice))
+            (config,) = set(re.findall(r"in (configs/[\w/]+\.yaml)", advice))
             kind = PreferenceRun if "dpo" in config else SFTConfig
             run = load_settings(kind, config, [f"{key}={value}" for key, value in settings])
             for key, value in settings:
@@ -172,8 +177,21 @@ def test_settings_in_advice_are_those_of_the_config(monkeypatch):
     assert changed >= 5
 
 
-def test_every_gate_after_pretraining_says_what_to_do():
-    plan = load_plan(ROOT / "configs" / "plan_1b.yaml")
+def test_the_plus_plan_writes_into_folders_of_its_own(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given, plus = (load_plan(path) for path in PLANS)
+    assert not {stage.output_dir for stage in given.stages} & {s.output_dir for s in plus.stages}
+    runs = [{load(phase.config).run for phase in plan.phases} for plan in (given, plus)]
+    assert runs == [{"nanollama_1b"}, {"nanollama_1b_plus"}]
+    texts = "\n".join([*plus.after.values(), *advices(plus)])
+    assert "plan_1b.yaml" not in texts and "nanollama_1b/" not in texts.replace(
+        "data/store/nanollama_1b/", ""
+    )
+
+
+@pytest.mark.parametrize("path", PLANS)
+def test_every_gate_after_pretraining_says_what_to_do(path):
+    plan = load_plan(ROOT / path)
     metrics = {stage.name: [gate.metric for gate in stage.gates] for stage in plan.stages}
     assert metrics["sft"][:2] == ["mmlu.acc", "gsm8k.flexible"] and len(metrics["dpo"]) == 13
     for gate in [gate for stage in plan.stages for gate in stage.gates]:
