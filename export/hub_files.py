@@ -134,7 +134,7 @@ def upload(files: Mapping[str, Content], repo: str, private: bool) -> list[str]:
 
     private: visibility of a new repository; an existing one keeps its own. Files that the hub
     already has are not sent again. A generated card replaces only a card with MARK. ValueError if
-    there is no token, the repository is public but private is set, or the hub refuses or fails.
+    there is no token, if private is set for a public repository, or if the hub refuses or fails.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 

@@ -49,7 +49,7 @@ class Estimate(NamedTuple):
 
     value: float
     stderr: float  # 0 if the results have none
-    items: int = 0  # number of items that the value is a mean of; 0: it is no mean over items
+    items: int = 0  # items averaged; 0 if the value is not a mean over items
 
 
 @dataclass(frozen=True)
