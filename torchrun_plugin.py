@@ -8,10 +8,12 @@ scripts/launch.py uses the same functions.
 import logging
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
@@ -90,7 +92,45 @@ def prepare() -> None:
     # torch 2.13 keeps one store across restarts, with the addresses of dead ranks. With this
     # setting rank 0 opens a new store.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    api = import_module("torch.distributed.elastic.multiprocessing.api")  # torch is still loading
+    stop = api._terminate_process_handler
+    api._terminate_process_handler = outside_popen(stop)  # type: ignore[attr-defined]
     logging.disable(logging.ERROR)  # the launcher's own log; what ranks print is untouched
+
+
+def outside_popen(handler: Callable[[int, FrameType | None], None]) -> Callable[..., None]:
+    """Return a signal handler that calls `handler`, but never while a Popen holds its lock.
+
+    torchrun's handler raises. Raised between the line of subprocess.py that takes the lock and its
+    try block, the exception leaves the lock taken: no poll() sees the process end any more, and
+    torchrun waits 600 s for ranks that have ended. A signal that comes then is handled 10 ms later,
+    by SIGALRM. The same holds while a Popen starts its process.
+    """
+    waiting: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGALRM:
+            waiting.append(number)
+        ready = waiting[:1] if not _in_popen(frame) else []
+        del waiting[: len(ready)]
+        if waiting:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        if ready:
+            handler(ready[0], frame)
+
+    signal.signal(signal.SIGALRM, handle)
+    return handle
+
+
+def _in_popen(frame: FrameType | None) -> bool:
+    """Return True if the frame or a caller starts a Popen's process or holds a Popen's lock."""
+    while frame:
+        if frame.f_code.co_filename == subprocess.__file__:
+            lock = getattr(frame.f_locals.get("self"), "_waitpid_lock", None)
+            if frame.f_code.co_name == "__init__" or (lock and lock.locked()):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def exit_status(error: BaseException) -> int | None:

@@ -3,12 +3,15 @@
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import forked
 import pytest
 from conftest import ROOT, one_thread, train_here
 from test_training import losses, wait_for_a_step
+from torch.distributed.elastic.multiprocessing import api
 
 import torchrun_plugin
 
@@ -169,3 +172,56 @@ def test_sigterm_to_plain_torchrun_saves_and_gives_its_status(settings, tmp_path
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "Traceback" not in errors
     assert len(list((tmp_path / "checkpoints" / "one").glob("step_*/manifest.json"))) == 1
+
+
+class InterruptedLock:
+    """A lock that lets a signal arrive just after it was taken."""
+
+    def __init__(self, lock, number: int):
+        self.lock, self.number = lock, number
+        self.locked, self.release = lock.locked, lock.release
+
+    def acquire(self, *arguments) -> bool:
+        taken = self.lock.acquire(*arguments)
+        if self.number:
+            number, self.number = self.number, 0
+            signal.raise_signal(number)
+        return taken
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_signal_never_leaves_the_lock_of_a_popen_taken(ours):
+    """torch's own handler does: its launcher then never sees that the rank has ended."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGALRM)}
+    handler = api._terminate_process_handler
+    signal.signal(signal.SIGHUP, torchrun_plugin.outside_popen(handler) if ours else handler)
+    try:
+        with subprocess.Popen(["true"]) as process:
+            lock = process._waitpid_lock
+            process._waitpid_lock = InterruptedLock(lock, signal.SIGHUP)
+            with pytest.raises(api.SignalException) as caught:
+                process.wait(20)
+                time.sleep(20)
+            left_taken, process._waitpid_lock = lock.locked(), threading.Lock()
+        assert caught.value.sigval == signal.SIGHUP
+        assert left_taken is not ours
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_each_of_two_signals_is_handled():
+    seen = []
+    before = signal.getsignal(signal.SIGALRM)
+    handle = torchrun_plugin.outside_popen(lambda number, frame: seen.append(number))
+    try:
+        with subprocess.Popen(["true"]) as process, process._waitpid_lock:
+            exec(
+                compile("handle(1, frame()); handle(15, frame())", subprocess.__file__, "exec"),
+                {"handle": handle, "frame": sys._getframe, "self": process},
+            )
+            assert seen == []
+        time.sleep(0.1)
+        assert seen == [1, 15]
+    finally:
+        signal.signal(signal.SIGALRM, before)
