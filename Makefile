@@ -3,7 +3,7 @@
 #                   and runs a plan of that length (docs/new_plan.md)
 # make test         run the tests
 # make fuzz         fuzz configs, data, checkpoints, GGUF files and templates (FUZZ_INPUTS=50000)
-# make demo         chat with the newest model under checkpoints/ in a browser
+# make demo         chat with the newest run's model under checkpoints/ in a browser
 # make check        run the linter and the type checker
 # make clean        delete the quickstart run (MINUTES=30: that one), but not its data
 

@@ -1,6 +1,6 @@
 """Web demo: chat with a model, or with two side by side.
 
-python demo_ui.py                                    # the newest model under checkpoints/
+python demo_ui.py                                    # the newest run under checkpoints/
 python demo_ui.py --checkpoint checkpoints/quickstart/dpo --compare checkpoints/quickstart/sft
 python demo_ui.py --gguf checkpoints/quickstart/gguf/nanollama-quickstart-q4_k_m.gguf
 python demo_ui.py --checkpoint checkpoints/quickstart/dpo --share --password my_password    # public
@@ -32,13 +32,12 @@ STAGES = ("midtrain", "sft", "dpo")  # in order; all other folders are pretraini
 def main() -> None:
     parser = CommandParser(__doc__)
     models, flag = parser.add_mutually_exclusive_group(), parser.add_argument
-    about = "step, phase, Llama or Qwen3 folder (default: the newest model under checkpoints/)"
+    about = "step, phase, Llama or Qwen3 folder (default: newest run in checkpoints/)"
     models.add_argument("--checkpoint", type=resolve_checkpoint, help=about)
     models.add_argument("--gguf", type=Path, help="file of scripts/export_gguf.py, for llama.cpp")
     flag("--compare", type=resolve_checkpoint, help="a second model: a folder or a .gguf file")
     flag("--context", type=int_at_least(1), help="tokens of a conversation (default: as trained)")
-    about = "tools to offer, or all (default: the tools of chat training)"
-    flag("--tools", nargs="+", metavar="NAME", help=about)
+    flag("--tools", nargs="+", metavar="NAME", help="tools, or all (default: of chat training)")
     about = "address to bind to; any address but localhost needs --password"
     flag("--host", default="127.0.0.1", help=about)
     flag("--port", type=PORT, default=7860, help="0: any free port")
@@ -54,7 +53,7 @@ def main() -> None:
         first = args.checkpoint or args.gguf
         if first is None:
             first = newest_model(Path.cwd(), ROOT)
-            print(f"opening {first}, the newest model; --checkpoint opens another", flush=True)
+            print(f"opening {first}, of the newest run; --checkpoint opens another", flush=True)
         port = free_port(args.host, args.port)
         paths = [path for path in (first, args.compare) if path]
         page = build([open_chat_model(path, args.context, args.tools) for path in paths])
@@ -64,22 +63,23 @@ def main() -> None:
 
 
 def newest_model(*roots: Path) -> Path:
-    """Return the newest model under checkpoints/ of the first root that has one, else ValueError.
+    """Return the model to open under checkpoints/ of the first root that has one, else ValueError.
 
-    Later stages are preferred: DPO, SFT, mid-training, pretraining.
+    Chooses the run with the newest chat model, then the newest model of its furthest stage.
     """
     for root in roots:
-        candidates = []
+        runs: dict[Path, list[tuple[int, int, Path]]] = {}  # -> (stage, time, folder) of its models
         for config in root.glob("checkpoints/**/config.json"):
             folder = config.parent
             if folder.suffix == ".tmp" or not any(folder.glob("model*.safetensors")):
                 continue
-            stage = folder.name if step_number(folder) is None else folder.parent.name
-            rank = STAGES.index(stage) if stage in STAGES else -1
+            stage = folder if step_number(folder) is None else folder.parent
+            rank = STAGES.index(stage.name) if stage.name in STAGES else -1
             # Retention changes the modification time of the folder, but not of config.json.
-            candidates.append((rank, config.stat().st_mtime_ns, folder))
-        if candidates:
-            return max(candidates)[2]
+            runs.setdefault(stage.parent, []).append((rank, config.stat().st_mtime_ns, folder))
+        if runs:
+            newest = max(runs.values(), key=lambda run: max((rank >= 0, at) for rank, at, _ in run))
+            return max(newest)[2]
     text = "no model found under checkpoints/; give --checkpoint or --gguf, or run make quickstart"
     raise ValueError(text)
 

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+MAX_NAMES = 8  # folders that a message lists
+MOVED = re.compile(r"\.(tmp|rolled_back|old\d+)(/|$)")  # folders that are incomplete or replaced
 _NUMBERS = itertools.count()  # makes temporary names unique among the threads of a process
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # How numpy, torch, safetensors, tokenizers and pyarrow report a full disk, without an errno
@@ -56,6 +58,18 @@ def step_number(folder: Path) -> int | None:
     """Return N of a folder named step_N; None for any other name."""
     prefix, _, digits = folder.name.partition("_")
     return int(digits) if prefix == "step" and digits.isdecimal() else None
+
+
+def checkpoint_advice(folder: Path) -> str:
+    """Return the advice for a folder that is not a checkpoint: the folders below that hold one."""
+    configs = [file for depth in (1, 2, 3) for file in folder.glob("*/" * depth + "config.json")]
+    models = [config.parent.relative_to(folder) for config in configs]
+    phases = {path if step_number(path) is None else path.parent for path in models}
+    names = sorted(name for name in map(str, phases) if name != "." and not MOVED.search(name))
+    more = ", ..." * (len(names) > MAX_NAMES)
+    if not names:
+        return "give a step_N folder"
+    return f"give one of its folders {', '.join(names[:MAX_NAMES])}{more}"
 
 
 def parse_json(text: str | bytes) -> Any:

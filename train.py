@@ -6,7 +6,7 @@
     accelerate launch --multi_gpu --num_processes 2 train.py --config configs/phase1_pretrain.yaml
     python train.py --config configs/continue.yaml --init_from my_model         # from a model
 
-Run the same command again to resume from the newest complete checkpoint.
+my_model stands for a Llama or Qwen3 folder. Run the same command again to resume.
 Set any other setting with section.key=value; --help_settings optim lists those of a section.
 """
 

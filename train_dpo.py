@@ -5,6 +5,7 @@
         --base_model my_run/sft --output_dir my_run/dpo \\
         --steps 5000 --batch_size 4 --learning_rate 5e-7 --beta 0.1
 
+my_run stands for the checkpoints of a larger run. --batch_size has another meaning in train_sft.py.
 Run the same command again to resume from the newest complete checkpoint.
 Set any other setting with section.key=value.
 """
@@ -88,7 +89,10 @@ class PreferenceRun(TuningRun):
 
 
 def main() -> None:
-    batch_size = "pairs per update, over all ranks"
+    batch_size = (
+        "pairs per update, over all ranks (data.pairs_per_step). In train_sft.py it is the rows "
+        "per rank and micro-batch"
+    )
     flags = parser(PreferenceRun, __doc__, "configs/dpo.yaml", batch_size)
     flags.add_argument("--beta", type=float, help="KL penalty strength (beta)")
     args = flags.parse_intermixed_args()

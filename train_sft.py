@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=2 train_sft.py --config configs/sft.yaml \\
         --base_model my_run/gold --steps 12000 --batch_size 8 --learning_rate 5e-5
 
+my_run stands for the checkpoints of a larger run. --batch_size has another meaning in train_dpo.py.
 The base model is a checkpoint of train.py, or any Llama or Qwen3 folder in Hugging Face format. The
 command adds the chat tokens and the chat template. Run the same command again to resume from the
 newest complete checkpoint. Set any other setting with section.key=value.
@@ -40,7 +41,10 @@ class SFTConfig(TuningRun):
 
 
 def main() -> None:
-    batch_size = "rows per rank and micro-batch; the step keeps data.tokens_per_step tokens"
+    batch_size = (
+        "rows per rank and micro-batch (data.micro_batch_size); the step keeps "
+        "data.tokens_per_step tokens. In train_dpo.py it is the pairs per update"
+    )
     args = parser(SFTConfig, __doc__, "configs/sft.yaml", batch_size).parse_intermixed_args()
     epochs = None if args.steps is None else "null"  # --steps overrides chat.epochs
     flags = {"data.micro_batch_size": args.batch_size, "chat.epochs": epochs}

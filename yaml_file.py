@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+SUFFIXES = (".yaml", ".yml")  # of a config's file
 MAX_BYTES = 4 * 2**20
 MAX_NODES = 200_000  # values of a document, with aliases expanded
 MAX_DEPTH = 50

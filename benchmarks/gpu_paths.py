@@ -7,6 +7,7 @@
 - Newton-Schulz in bfloat16: the cosine to the polar factor.
 - the speedrun model with its tricks: loss and gradients, compiled, in bfloat16, each attention
   kernel, against fp32 on the CPU.
+- the grouped matrix product of experts in bfloat16 with its gradients, one expert idle.
 - one FSDP step of that model with Muon, against fp32 on the CPU.
 The attention kernels alone are checked by tests/test_attention.py, which needs a GPU for them. A
 path that this machine lacks is reported as not measured. Exit status 1 if an error exceeds its
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from benchmarks.side_by_side import machine, reason, write
 from cli import CommandParser, user_errors
 from models.losses import SOFTCAPS, LossHead, token_losses
+from models.moe import grouped_linear
 from models.speedrun_config import GPTConfig
 from models.speedrun_gpt import SpeedrunGPT
 from training import setup
@@ -129,6 +131,22 @@ def model_error(kernel: str, fp8: bool, device: torch.device, compiled: bool) ->
     return difference([actual[0], together[0]], [exact[0], together[1]])
 
 
+def experts_error(device: torch.device) -> float:
+    """Return the error of output and gradients of four experts' products in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, slope = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((96, 64), (4, 48, 64), (96, 48))
+    )
+    offsets = torch.tensor([40, 40, 41, 96], dtype=torch.int32)
+    results = []
+    for where, dtype in ((device, torch.bfloat16), (torch.device("cpu"), torch.float64)):
+        inputs = [tensor.to(where, dtype).requires_grad_() for tensor in (x, weight)]
+        out = grouped_linear(*inputs, offsets.to(where))
+        results.append([out, *torch.autograd.grad(out, inputs, slope.to(where, dtype))])
+    return difference(*results)
+
+
 def step_error(device: torch.device) -> float:
     """Return the error of the weights' change in one FSDP step with Muon, bf16 against fp32."""
     optim = OptimConfig(name="muon", lr=0.01, normuon_beta2=0.95, cautious_decay=True)
@@ -176,6 +194,7 @@ def checks(device: torch.device, compiled: bool) -> Iterator[Check]:
         )
     if cuda:
         yield "model, flex, fp8 head", lambda: model_error("flex", True, device, compiled), FP8
+    yield "grouped products of experts", lambda: experts_error(device), BF16
     yield "FSDP step with Muon", lambda: step_error(device), 5e-2
 
 

@@ -1,7 +1,7 @@
 """Compare training steps with experts: ours, dense of equal active FLOPs, and Mixtral's in HF.
 
     python -m benchmarks.moe                                  # CPU: a model of 11M parameters
-    python -m benchmarks.moe --dtype float32 --rounds 20 --output benchmarks/results/moe.json
+    python -m benchmarks.moe --dtype float32 --rounds 20 --output benchmarks/results/moe_fp32.json
 
 A step is forward, backward, clipping to norm 1 and AdamW, on random tokens. Ours runs as in
 training (FSDP2 with one rank, balance loss and router z-loss); transformers' Mixtral computes no

@@ -339,8 +339,9 @@ def validation_batches(
         raise ValueError(
             f"source {shards.folder.name} has {len(shards):,} validation tokens, too few for one "
             f"row of {sequence_length}; raise val_fraction in the recipe and run "
-            "scripts.prepare_data again, add data, remove the source from data.mix, or train "
-            "without validation (validation.every=0)"
+            "scripts.prepare_data again, cut a few long texts into more documents "
+            "(scripts.download_data --document_chars 20000), add data, remove the source from "
+            "data.mix, or train without validation (validation.every=0)"
         )
     count = min(rows or available, available)
     return row_batches(

@@ -30,7 +30,7 @@ from inference.grammar import JsonConstraint
 from inference.kv_cache import Cache, forward
 from inference.sampling import Sampling
 from machine import missing
-from models.hf import TYPES, load_hf, read_hf_config
+from models.hf import TYPES, check_model_folder, load_hf, read_hf_config
 from models.hf_experts import SHARED_TYPES
 from models.hf_experts import TYPES as EXPERT_TYPES
 from models.nanollama import NanoLlama
@@ -52,17 +52,19 @@ HASHED = (
 NANOLLAMA = (*TYPES, *EXPERT_TYPES, GPTConfig.model_type)
 
 
-def check_exists(checkpoint: Path) -> None:
-    """ValueError if the checkpoint does not exist."""
+def check_checkpoint(checkpoint: Path) -> None:
+    """ValueError unless the path is a model folder or a file with the suffix of GGUF files."""
     if not checkpoint.exists():
         raise ValueError(f"checkpoint {checkpoint} does not exist; give a folder or a .gguf file")
+    if checkpoint.suffix != ".gguf":
+        check_model_folder(checkpoint)
 
 
 def load_model(
     checkpoint: Path, device: str = "cpu", dtype: str | None = None, batch_size: int = 16
 ) -> LanguageModel:
     """Load a model folder or GGUF file; ValueError if it cannot be evaluated."""
-    check_exists(checkpoint)
+    check_checkpoint(checkpoint)
     check_device(device)
     tokenizer = EvalTokenizer(checkpoint)
     engine: Engine
@@ -84,8 +86,6 @@ def load_model(
 
 def _is_ours(checkpoint: Path) -> bool:
     """Whether models/hf.py reads this folder, or explains why it cannot be evaluated."""
-    if not (checkpoint / "config.json").is_file():
-        return True
     model_type = read_json(checkpoint / "config.json").get("model_type")
     if model_type in SHARED_TYPES:  # transformers has more of their settings
         try:

@@ -28,7 +28,7 @@ from torch import distributed as dist
 from cli import int_at_least, user_errors
 from data.dataloader import Batch, stream_batches
 from data.tokenizers.bpe import load_tokenizer, token_bytes
-from evals.engines import LanguageModel, NanoLlamaEngine, check_exists, load_model
+from evals.engines import LanguageModel, NanoLlamaEngine, check_checkpoint, load_model
 from evals.harness import Estimate, Eval, Item, Read, Sample, Score
 from evals.held_out import (
     TOKENS,
@@ -325,7 +325,7 @@ def _coverage_text(coverage: dict[str, int]) -> str:
 def main() -> None:
     args = parser().parse_args()
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):
-        check_exists(args.checkpoint)
+        check_checkpoint(args.checkpoint)
         resolve_data(args)
         args.output = output_path(args.output, args.checkpoint, "perplexity")
         model = load_model(args.checkpoint, device, args.dtype, args.batch_size)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import distributed as dist
 
 from cli import CommandParser, int_at_least, user_errors
-from evals.engines import check_exists, load_model
+from evals.engines import check_checkpoint, load_model
 from evals.harness import (
     Cache,
     Eval,
@@ -216,7 +216,7 @@ def main(
     """
     args = parser.parse_args()
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):
-        check_exists(args.checkpoint)
+        check_checkpoint(args.checkpoint)
         evaluation = build(args)
         output = output_path(args.output, args.checkpoint, evaluation.task)
         model = load_model(args.checkpoint, device, args.dtype, args.batch_size)

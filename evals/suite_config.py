@@ -1,4 +1,4 @@
-"""Suites of evaluations: configs/evals/<suite>.yaml, and the flags of scripts.run_evals."""
+"""Suites of evaluations: a name in configs/evals or a YAML file; flags of scripts.run_evals."""
 
 import argparse
 import shlex
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import CommandParser, add_boolean, int_at_least
-from evals.eval_own import definition
+from evals.eval_own import built_in_names, definition
 from machine import add_device
 from models.hf import resolve_checkpoint
 from training.settings import load_settings, read_yaml
+from yaml_file import SUFFIXES
 
 SUITES = ("quick", "milestone", "aligned", "full")  # in configs/evals
 
@@ -18,7 +19,7 @@ SUITES = ("quick", "milestone", "aligned", "full")  # in configs/evals
 class Suite:
     """The evaluations of a suite, in order."""
 
-    # name of evals/eval_<name>.py, or a .yaml file of own_rows.OwnEval -> its flags
+    # name of evals/eval_<name>.py, or a YAML file of own_rows.OwnEval -> its flags
     evals: dict[str, str]
 
 
@@ -28,7 +29,7 @@ def open_suite(name: str) -> tuple[Suite, Path]:
     The file of one evaluation is a suite as well. Evaluations of files get their own name and the
     flag --config.
     """
-    path = Path(name) if name.endswith(".yaml") else Path("configs/evals") / f"{name}.yaml"
+    path = _suite_file(name)
     values = read_yaml(path)
     is_definition = "evals" not in values and {"kind", "path"} & values.keys()
     suite = Suite({str(path): ""}) if is_definition else load_settings(Suite, path)
@@ -37,13 +38,26 @@ def open_suite(name: str) -> tuple[Suite, Path]:
     evals: dict[str, str] = {}
     for entry, flags in suite.evals.items():
         task = entry
-        if entry.endswith(".yaml"):
+        if entry not in built_in_names() and _is_file(entry):
             task = definition(Path(entry)).name
             flags = f"--config {shlex.quote(entry)} {flags}".rstrip()
         if task in evals:
             raise ValueError(f"{path} lists two evaluations with the name {task}; rename one")
         evals[task] = flags
     return Suite(evals), path
+
+
+def _suite_file(name: str) -> Path:
+    """Return the file of a suite: one of SUITES, a path, or another name in configs/evals."""
+    if name not in SUITES and (_is_file(name) or "/" in name):
+        return Path(name)
+    files = [Path("configs/evals") / f"{name}{suffix}" for suffix in SUFFIXES]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name is that of a file: it ends in .yaml or .yml, or the file exists."""
+    return name.endswith(SUFFIXES) or Path(name).is_file()
 
 
 def suite_parser(about: str | None) -> argparse.ArgumentParser:
@@ -58,7 +72,7 @@ def suite_parser(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--suite",
         default="quick",
-        help=f"{', '.join(SUITES)}, or a .yaml file: a suite, or an evaluation of your own rows",
+        help=f"{', '.join(SUITES)}, or a YAML file: a suite, or an evaluation of your own rows",
     )
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="NAME=PATH", help="data of single evaluations"

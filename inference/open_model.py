@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from data.chat.trained_chat import ChatDefaults, read_chat_defaults
+from files import checkpoint_advice
 from inference.chat_formats import ChatFormat, open_chat_format
 from inference.gguf_tokenizer import tokenizer_folder
 from inference.runners import GgufRunner, Runner, TorchRunner
@@ -20,7 +21,8 @@ def open_model(path: Path, context: int | None) -> tuple[ChatFormat, Runner]:
         return open_chat_format(path), GgufRunner(path, context or trained_context(path))
     if not (path / "config.json").is_file():
         raise ValueError(
-            f"{path} is neither a GGUF file (*.gguf) nor a checkpoint: it holds no config.json"
+            f"{path} is neither a GGUF file (*.gguf) nor a checkpoint: it has no config.json; "
+            f"{checkpoint_advice(path)}"
         )
     length = context or trained_context(path)
     return open_chat_format(path), TorchRunner(path, default_device(), length)

@@ -6,6 +6,7 @@ NanoLlama is written as `LlamaForCausalLM`, or with qk_norm as `Qwen3ForCausalLM
 
 import errno
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from files import read_json, read_object, step_number
+from files import checkpoint_advice, read_json, read_object, step_number
 from models import hf_experts
 from models.kinds import AnyConfig, AnyModel
 from models.nanollama import ModelConfig, NanoLlama
@@ -58,9 +59,25 @@ def resolve_checkpoint(path: str) -> Path:
 def check_model_folder(folder: Path) -> None:
     """ValueError if a folder is not a checkpoint."""
     if not (folder / "config.json").is_file():
+        _refuse_adapter(folder)
+        advice = download_advice(folder) or checkpoint_advice(folder)
+        raise ValueError(f"{folder} is not a checkpoint: it has no config.json; {advice}")
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"{folder} is not a checkpoint: it has no config.json; give a step_N folder"
+            f"{folder} holds an adapter, not a model; "
+            "merge it into its base model (PEFT's merge_and_unload)"
         )
+
+
+def download_advice(folder: Path) -> str:
+    """Return the command that downloads a model of the hub; "" unless `folder` is owner/name."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder.as_posix()) or folder.parent.exists():
+        return ""
+    command = f"hf download {folder} --local-dir {folder.name}"
+    return f"if it is a model of the hub, run {command} and give {folder.name}"
 
 
 def to_hf_config(
@@ -291,14 +308,9 @@ def config_json(folder: Path) -> dict[str, Any]:
     """Read a folder's config.json; ValueError if it is missing or damaged."""
     path = folder / "config.json"
     if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{folder} holds an adapter, not a model; "
-                "merge it into its base model (PEFT's merge_and_unload)"
-            )
-        raise ValueError(
-            f"{folder} has no config.json; give a folder that save_pretrained or train.py wrote"
-        )
+        _refuse_adapter(folder)
+        written = "give a folder that save_pretrained or train.py wrote"
+        raise ValueError(f"{folder} has no config.json; {download_advice(folder) or written}")
     return read_json(path)
 
 

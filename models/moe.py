@@ -112,7 +112,7 @@ class RouterStats(NamedTuple):
     z: Tensor  # [B] fp32: mean squared logsumexp of the scores
     entropy: Tensor  # [B] fp32: mean entropy of the probabilities, in nats
     counts: Tensor  # [E] int64: tokens of each expert
-    dropped: Tensor  # int64: token-expert pairs that no expert received
+    dropped: Tensor  # int64: token-expert pairs minus the rows that experts computed
 
     @classmethod
     def stack(cls, layers: "list[RouterStats]") -> "RouterStats | None":
@@ -157,12 +157,18 @@ class Router(nn.Module):
         return weights, chosen, probabilities, normalizer
 
     def stats(
-        self, chosen: Tensor, probabilities: Tensor, normalizer: Tensor, trained: Tensor | None
+        self,
+        chosen: Tensor,
+        probabilities: Tensor,
+        normalizer: Tensor,
+        trained: Tensor | None,
+        computed: Tensor,
     ) -> RouterStats:
         """Summarise forward()'s results over the `trained` tokens [B, T]; None: over all tokens.
 
-        Balance is measured in each row (arXiv:2412.19437), so it does not depend on how rows are
-        divided into micro-batches and ranks.
+        computed: rows that experts computed, padding included; with divided experts, only the sum
+        over ranks is meaningful. Balance is measured in each row (arXiv:2412.19437), so it does not
+        depend on how rows are divided into micro-batches and ranks.
         """
         rows, experts = len(chosen), self.config.experts
         counted = torch.ones_like(chosen[..., 0]) if trained is None else trained.long()  # [B, T]
@@ -178,7 +184,7 @@ class Router(nn.Module):
             (normalizer.square() * weight).sum(1),
             (entropy * weight).sum(1),
             counts.sum(0),
-            counted.sum() * self.config.top_k - counts.sum(),
+            chosen.numel() - computed,
         )
 
 
@@ -200,8 +206,11 @@ class Experts(nn.Module):
         """Return the weights gate_proj, up_proj and down_proj."""
         return self.gate_proj, self.up_proj, self.down_proj
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Apply each expert to its rows of x [rows, D]; expert 0 has the first counts[0] rows."""
+    def forward(self, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply each expert to its rows of x [rows, D]; expert 0 has the first counts[0] rows.
+
+        Returns the output and the number of rows computed, int64.
+        """
         offsets = counts.cumsum(0).to(torch.int32)
         gate_proj, up_proj, down_proj = self.weights()
         up = grouped_linear(x, up_proj, offsets)
@@ -209,7 +218,7 @@ class Experts(nn.Module):
             hidden = F.silu(grouped_linear(x, gate_proj, offsets)) * up
         else:
             hidden = activate(up, self.activation)
-        return grouped_linear(hidden, down_proj, offsets)
+        return grouped_linear(hidden, down_proj, offsets), counts.sum()
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -316,18 +325,21 @@ class MoE(nn.Module):
         if noise_keys is not None:
             noise_keys = noise_keys + self.noise_offset
         weights, chosen, probabilities, normalizer = self.router(x, noise_keys)
+        rows = x.flatten(0, 1)
+        out, computed = self.apply_experts(rows, weights.flatten(0, 1), chosen.flatten(0, 1))
         stats = None
         if self.training:
-            stats = self.router.stats(chosen, probabilities, normalizer, trained)
-        rows = x.flatten(0, 1)
-        out = self.apply_experts(rows, weights.flatten(0, 1), chosen.flatten(0, 1))
+            stats = self.router.stats(chosen, probabilities, normalizer, trained, computed)
         if self.shared is not None:
             every = torch.full((1,), len(rows), dtype=torch.int64, device=x.device)
-            out = out + self.shared(rows, every)
+            out = out + self.shared(rows, every)[0]
         return out.view_as(x), stats
 
-    def apply_experts(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Return the weighted sum [N, D] of each token's experts. x [N, D]; the others [N, K]."""
+    def apply_experts(self, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum [N, D] of each token's experts, and the rows they computed.
+
+        x [N, D]; the others [N, K].
+        """
         tokens, k = chosen.shape
         pairs = chosen.flatten()
         counts = torch.zeros(self.config.experts, dtype=torch.int64, device=x.device)
@@ -335,9 +347,9 @@ class MoE(nn.Module):
         order = pairs.argsort(stable=True)  # [N * K] pairs by expert
         inverse = inverse_of(order)
         copies = x[:, None].expand(-1, k, -1).reshape(tokens * k, -1)
-        out = self.experts(permute(copies, order, inverse), counts)
+        out, computed = self.experts(permute(copies, order, inverse), counts)
         out = permute(out, inverse, order).view(tokens, k, -1)
-        return (out * weights[..., None].to(out.dtype)).sum(1)
+        return (out * weights[..., None].to(out.dtype)).sum(1), computed
 
 
 class _Permute(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """Average the weights of checkpoints into a new model folder.
 
 python -m scripts.average_checkpoints --phase_folder checkpoints/quickstart/base --last 2
-python -m scripts.average_checkpoints --checkpoints my_run/step_100 my_run/step_200 \\
-    --weights 2 1 --output_dir checkpoints/averaged
+python -m scripts.average_checkpoints --weights 1 2 --output_dir checkpoints/averaged \\
+    --checkpoints checkpoints/quickstart/sft/step_250 checkpoints/quickstart/sft/step_500
 
 The mean of the last checkpoints at a constant learning rate forecasts the result of a decay
 (arXiv:2505.12082). During the decay, the mean is a candidate for the final model. The folder has

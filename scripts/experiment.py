@@ -12,7 +12,7 @@ Run the same command again to resume: finished runs are not repeated, a killed r
 its newest checkpoint, and a failed run is retried. Runs are in logs/lab/<name>/<variant>-<seed>,
 the record is in records/<date>_<name>. --devices sets CUDA_VISIBLE_DEVICES of each run; on a
 machine without GPUs, it only sets the number of concurrent runs. --compare plots any runs by step
-and by tokens and needs no experiment.
+and by tokens and needs no experiment; logs/my_run stands for a run of yours.
 """
 
 import os

@@ -4,6 +4,8 @@ python -m scripts.prepare_data --config configs/data/quickstart.yaml
 python -m scripts.prepare_data --config configs/data/my_run.yaml --train_tokenizer
 python -m scripts.prepare_data --config configs/data/nanollama_1b.yaml \\
     executor.kind=slurm executor.partition=cpu
+
+configs/data/my_run.yaml stands for a recipe of scripts.new_recipe.
 """
 
 import os

@@ -5,13 +5,15 @@
         --base_model checkpoints/quickstart/gold
     python -m scripts.preview --config configs/quickstart/dpo.yaml \\
         --base_model checkpoints/quickstart/sft
+    python -m scripts.preview --config configs/continue.yaml --base_model my_model
     python -m scripts.preview --rows my_chats.jsonl --base_model checkpoints/quickstart/gold
 
-The config is for train.py, train_sft.py or train_dpo.py. The training code reads, encodes,
-truncates and packs the data, so the rows are exactly those of a training step. Conversations and
-pairs are rendered with the chat template. Tokens with a loss are green; if the output is not a
-terminal or NO_COLOR is set, they are between ⟦ and ⟧. In pretraining every token has a loss. The
-last token of a conversation is only a target, so it does not count as a token of the row.
+my_model stands for a Llama or Qwen3 folder. The config is for train.py, train_sft.py or
+train_dpo.py. The training code reads, encodes, truncates and packs the data, so the rows are
+exactly those of a training step. Conversations and pairs are rendered with the chat template.
+Tokens with a loss are green; if the output is not a terminal or NO_COLOR is set, they are between ⟦
+and ⟧. In pretraining every token has a loss. The last token of a conversation is only a target, so
+it does not count as a token of the row.
 
 Prepared conversations, pairs and packing plans are cached and reused by training; --rows caches
 nothing. Set any other setting of the config with section.key=value.
@@ -186,9 +188,9 @@ def one_rank() -> Iterator[None]:
 
 def pretraining(args: argparse.Namespace, shown: Shown) -> None:
     """Show a step of train.py."""
-    run = load(args.config, args.overrides)
+    run = load(args.config, args.overrides, {"init_from": args.base_model})
     data, vocab = run.data, run.model.vocab_size
-    folder = open_tokenizer(data.store, vocab).folder
+    folder = open_tokenizer(data.store, vocab, padded=run.init_from is not None).folder
     shards = open_shards(data.store, data.mix, "train", vocab, data.min_document_tokens)
     batch = (data.sequence_length, rows_of_step(run), data.micro_batch_size, run.seed, 0, 1)
     loader = PackedDataLoader(shards, data.mix, *batch, data.packing, data.start_epoch)
@@ -365,8 +367,6 @@ def preview(args: argparse.Namespace) -> None:
         )
     kinds: dict[str, Any] = {"chat": conversations, "preferences": preference_pairs}
     show = next((kinds[key] for key in kinds if key in keys), pretraining)
-    if show is pretraining and args.base_model:
-        raise ValueError(f"--base_model has no effect with {args.config}, a config of pretraining")
     if args.sequence_length:
         raise ValueError("--sequence_length belongs to --rows; set data.sequence_length=N instead")
     with one_rank():
@@ -380,7 +380,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--format", choices=FORMATS, default="messages", help="of --rows")
     flags.add_argument(
         "--base_model",
-        help="model to fine-tune, whose tokenizer encodes the rows; with --rows, any folder with "
+        help="model to fine-tune or to continue, as in training; with --rows, any folder with "
         "tokenizer.json",
     )
     flags.add_argument(

@@ -3,8 +3,8 @@
 python -m scripts.run_evals --checkpoint checkpoints/quickstart/gold --suite quick
 python -m scripts.launch --nproc_per_node=2 -m scripts.run_evals \\
     --checkpoint checkpoints/quickstart/dpo --suite configs/quickstart/suite.yaml
-python -m scripts.run_evals --checkpoint my_run/step_50000 --suite milestone \\
-    --gates configs/plan_1b.yaml
+python -m scripts.run_evals --checkpoint checkpoints/quickstart/gold \\
+    --suite configs/quickstart/suite.yaml --gates configs/quickstart/plan.yaml
 
 A suite is configs/evals/<suite>.yaml: names of evaluations, each with its flags. --suite also
 accepts the file of your own evaluation (docs/own_evaluation.md), and a suite may list such files.
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from cli import user_errors
-from evals.engines import load_model
+from evals.engines import check_checkpoint, load_model
 from evals.plan_gates import gates_of, references, verdict_record
 from evals.run import output_path, ranks
 from evals.suite import measure, parse, report
@@ -37,6 +37,7 @@ def main() -> None:
     args = suite_parser(__doc__).parse_args()
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):
         args.device = device
+        check_checkpoint(args.checkpoint)
         suite, path = open_suite(args.suite)
         gates = gates_of(args.gates, args.checkpoint, args.at) if args.gates else ()
         earlier = references(gates, args.gates, args.checkpoint, args.at)

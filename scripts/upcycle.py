@@ -1,7 +1,7 @@
 """Convert a dense checkpoint to a mixture of experts: sparse upcycling (arXiv:2212.05055).
 
-python -m scripts.upcycle --checkpoint checkpoints/quickstart/base \\
-    --output_dir checkpoints/upcycled/base --experts 8 --top_k 2
+python -m scripts.upcycle --checkpoint checkpoints/quickstart/gold \\
+    --output_dir checkpoints/upcycled_init --experts 8 --top_k 2
 
 Each expert is a copy of the dense feed-forward network. The weights of a token's experts add up to
 1, so without --noise the new model computes the same function as the dense model. To train it, use

@@ -2,7 +2,8 @@
 
 python -m scripts.verify_checkpoint checkpoints/quickstart    # a run, a phase or a step_N
 python -m scripts.verify_checkpoint checkpoints/quickstart/long_context --model
-python -m scripts.verify_checkpoint my_run/step_2000 --against my_other_run/step_2000
+python -m scripts.verify_checkpoint checkpoints/quickstart/sft/step_250 \\
+    --against checkpoints/quickstart/sft/step_500    # two steps of training differ: exit status 1
 
 --model also checks rope theta, YaRN and the document mask. --against compares two checkpoints
 bitwise. Exit status 1 if a checkpoint is damaged, wrong or different.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import (
 
 import train
 from data import manifest
-from data.pipeline.prepare import prepare
+from data.pipeline.prepare import prepare, train_store_tokenizer
 from data.pipeline.recipe import Recipe
 from data.shards import TokenShards
 from data.tokenizers.bpe import (
@@ -32,7 +33,8 @@ from data.tokenizers.bpe import (
 )
 from export.gguf_plan import read_config as exported_config
 from inference.chat_formats import bos_and_stop_ids
-from models.hf import config_json, load_hf, read_hf_config
+from models.hf import check_model_folder, config_json, load_hf, read_hf_config
+from scripts import preview
 from training.checkpoint import full_state_dict
 from training.config import RunConfig, load, to_dict
 from training.settings import load_settings
@@ -261,6 +263,53 @@ def test_another_tokenizer_is_refused(base, store, other, tmp_path, capsys, monk
     lost = ["--config", str(CONTINUE), "--init_from", "nowhere", f"data.store={store}"]
     words = complaint_of(train.main, lost, capsys, monkeypatch)
     assert "nowhere has no config.json; give a folder that save_pretrained" in words
+
+
+def test_a_model_of_the_hub_gets_the_command_that_downloads_it(tmp_path, capsys, monkeypatch):
+    names = {point.name for point in metadata.distribution("huggingface_hub").entry_points}
+    assert "hf" in names
+    monkeypatch.chdir(tmp_path)
+    command = "hf download owner/model-1.5B --local-dir model-1.5B and give model-1.5B"
+    given = ["--config", str(CONTINUE), "--init_from"]
+    assert command in complaint_of(train.main, [*given, "owner/model-1.5B"], capsys, monkeypatch)
+    with pytest.raises(ValueError, match=command):
+        check_model_folder(Path("owner/model-1.5B"))
+    (tmp_path / "checkpoints").mkdir()
+    for path in ("checkpoints/typo", "/owner/model", "a/b/c", "model"):
+        assert "hf download" not in complaint_of(train.main, [*given, path], capsys, monkeypatch)
+
+
+def test_a_phase_folder_stands_for_its_newest_step(base, store, tmp_path):
+    phase = tmp_path / "phase"
+    for number in (3, 20):
+        shutil.copytree(base, phase / f"step_{number}")
+    run = load(CONTINUE, [], {"init_from": phase})
+    assert run.init_from == str(phase / "step_20") and run.model == read_hf_config(base)
+    overrides = [f"store={tmp_path / 'store'}", f"tokenizer.folder={phase}"]
+    recipe = load_settings(Recipe, ROOT / "configs" / "data" / "continue.yaml", overrides)
+    assert train_store_tokenizer(recipe)
+    copied = tmp_path / "store" / "tokenizer" / "tokenizer.json"
+    assert copied.read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("spelling", ["--init_from", "--base_model", "init_from="])
+def test_the_preview_shows_the_rows_of_a_padded_model(
+    spelling, base, store, capsys, monkeypatch, tmp_path
+):
+    given = [f"init_from={base}"] if spelling.endswith("=") else [spelling, str(base)]
+    shape = ["data.sequence_length=64", "data.tokens_per_step=128", "data.micro_batch_size=1"]
+    words = ["--config", str(CONTINUE), f"data.store={store}", *given, *shape]
+    monkeypatch.setattr("sys.argv", ["x", *words])
+    preview.main()
+    assert "step 0: 2 rows of 64 tokens" in capsys.readouterr().out
+
+
+def test_a_recipe_without_tokenizer_names_both_ways(tmp_path):
+    overrides = [f"store={tmp_path}"]
+    recipe = load_settings(Recipe, ROOT / "configs" / "data" / "continue.yaml", overrides)
+    words = r"has no tokenizer.json; .*tokenizer\.folder=FOLDER .*--train_tokenizer$"
+    with pytest.raises(ValueError, match=words):
+        prepare(recipe)
 
 
 def test_without_init_from_the_error_names_it(base, store, capsys, monkeypatch):

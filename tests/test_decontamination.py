@@ -393,7 +393,7 @@ def test_bad_input_ends_in_one_sentence(files):
         ((train, "gsm9k"), "did you mean gsm8k?"),
         ((train, "questions"), "known: mmlu, gsm8k, hellaswag, arc, truthfulqa"),
         ((train, str(files / "absent.jsonl")), r"the test set .*absent\.jsonl does not exist"),
-        ((train, str(files / "bad.jsonl")), "bad.jsonl:1 no column with text"),
+        ((train, str(files / "bad.jsonl")), r"bad.jsonl:1 \(keys: id\) no column with text"),
         ((train, str(files / "bad.parquet")), "unreadable file"),
         ((train, str(files / "empty.jsonl")), "have no items"),
         ((str(files / "absent"), test_set), "absent; check the path"),

@@ -28,7 +28,14 @@ from training.meter import PEAK_FLOPS, flops_per_token
 from training.optimizers import OptimConfig
 from training.planning.cards import GPUS, PUBLISHED
 from training.planning.cost import check, forecast
-from training.planning.cpu_plan import CORPUS, QUICKSTART, choose_cpu, cpu_files, mixes
+from training.planning.cpu_plan import (
+    CORPUS,
+    QUICKSTART,
+    choose_cpu,
+    cpu_files,
+    mixes,
+    stage_names,
+)
 from training.planning.dial import Request, choose, size_text
 from training.planning.dial_data import GOALS
 from training.planning.dial_fit import shapes
@@ -37,6 +44,7 @@ from training.planning.memory import TIGHT, memory
 from training.planning.plan import load_plan, scheduled_phases
 from training.planning.plan_files import check_name, config_headers, gpu_files, write_plan
 from training.planning.probe import Probe, measure
+from training.planning.progress import command_count
 from training.planning.roofline import efficiency, published_bound, step_bound
 from training.settings import load_settings
 
@@ -211,7 +219,10 @@ def test_rates_and_batches_follow_the_step_law():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request("gtx1080", 1, 48), "unknown --gpu gtx1080; available: h100, .*, and cpu"),
+        (
+            Request("gtx1080", 1, 48),
+            "unknown --gpu gtx1080; available: h100, .*, and cpu. For another card, give one of",
+        ),
         (Request("4090", 1, 48), "unknown --gpu 4090; did you mean rtx4090[?]"),
         (Request("rtx4090", 9, 48), "--gpus 9 must be 1 to 8"),
         (Request("rtx4090", 1, 48, "speech"), "unknown --goal speech; available: chat, base"),
@@ -283,6 +294,10 @@ def test_a_plan_for_the_cpu(goal, minutes, tmp_path, monkeypatch):
     for stage in plan.stages:
         run = load_settings(stages[stage.name], f"configs/mine/{stage.name}.yaml")
         assert (run.run, run.steps) == ("mine", choice.steps[stage.name])
+    assert len(plan.seconds) == command_count(plan)
+    trained = [round(choice.seconds[name], 1) for name in stage_names(goal)]
+    assert [seconds for seconds in plan.seconds if seconds in trained] == trained
+    assert sum(plan.seconds) == pytest.approx(60 * minutes, rel=0.3)
     if minutes == 5:
         for command in plan.before.values():
             check_command(command)

@@ -93,6 +93,13 @@ def test_resuming_what_is_not_the_same_run(settings, capfd, monkeypatch, tmp_pat
     )
     message = complaint(capfd, monkeypatch, settings("model.num_hidden_layers=3"))
     assert "num_hidden_layers=2, but the config has 3" in message
+    message = complaint(capfd, monkeypatch, settings("model.kind=moe"))
+    assert "has model.kind=dense, but the config has moe" in message
+    mixture = {"phase": "mixture", "steps": 2}
+    logs = f"log_dir={tmp_path / 'logs_of_the_mixture'}"
+    assert train_here(settings("model.kind=moe", logs, **mixture))
+    message = complaint(capfd, monkeypatch, settings(logs, **mixture))
+    assert "has model.kind=moe, but the config has dense" in message
     assert train_here(settings("data.tokens_per_step=256", "data.accept_changed=true", steps=4))
     resume = f"resume_from={tmp_path / 'checkpoints' / 'one'}"
     assert train_here(settings(resume, phase="two", steps=2))
@@ -205,7 +212,7 @@ def test_evaluation_and_plan_commands_complain_in_one_line(tmp_path, text_store)
     cases = [
         (
             ["evals.eval_perplexity", "--checkpoint", str(tmp_path), "--dataset", str(text_store)],
-            "has no tokenizer.json",
+            "is not a checkpoint",
         ),
         (["scripts.pipeline", "--plan", "nowhere.yaml"], "config file nowhere.yaml not found"),
         (

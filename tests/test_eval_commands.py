@@ -69,7 +69,9 @@ def test_boolean_flags_take_a_value_or_none(given, expected, capsys):
         assert f"argument {flag}: 'maybe' is neither true nor false" in capsys.readouterr().err
 
 
-def test_the_demo_opens_the_model_of_the_latest_stage(text_store, tmp_path, monkeypatch, capsys):
+def test_the_demo_opens_the_furthest_stage_of_the_newest_run(
+    text_store, tmp_path, monkeypatch, capsys
+):
     with pytest.raises(
         ValueError, match="no model found under checkpoints/; give --checkpoint or --gguf"
     ):
@@ -78,18 +80,22 @@ def test_the_demo_opens_the_model_of_the_latest_stage(text_store, tmp_path, monk
         ("nano/gold/step_5", 50),
         ("other/phase1/step_2", 60),
         ("nano/midtrain/step_1", 10),
-        ("midtrain", 20),
         ("nano/sft/step_3", 5),
         ("nano/dpo/step_1", 1),
-        ("dpo", 2),
+        ("mine/sft/step_2", 70),  # the user's own SFT, after another run's DPO
+        ("mine/base/step_9", 80),
+        ("tuned/midtrain/step_1", 75),
+        ("dpo", 90),
     ]
+    later = {"mine/base/step_9": "mine/sft/step_2"}  # a base model is not preferred to its SFT
     for name, seconds in folders:
         folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.safetensors").touch()
         (folder / "config.json").touch()
         os.utime(folder / "config.json", (seconds, seconds))
-        assert demo_ui.newest_model(tmp_path / "none", tmp_path) == folder
+        expected = tmp_path / "checkpoints" / later.get(name, name)
+        assert demo_ui.newest_model(tmp_path / "none", tmp_path) == expected
     for name in ("nano/dpo/step_7", "nano/dpo/step_8.tmp"):  # without weights: incomplete
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "config.json").touch()
@@ -108,7 +114,7 @@ def test_the_demo_opens_the_model_of_the_latest_stage(text_store, tmp_path, monk
         with pytest.raises(SystemExit):
             demo_ui.main()
     out, err = capsys.readouterr()
-    assert f"opening {model}, the newest model" in out and "give another port" in err
+    assert f"opening {model}, of the newest run" in out and "give another port" in err
     empty = tmp_path / "empty"
     empty.mkdir()
     monkeypatch.chdir(empty)

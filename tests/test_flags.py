@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from test_plan_commands import command_lines, parse
 from cli import SPELLINGS, CommandParser, flag_value, plain, spellings
 from evals.cost import command_tokens
 from evals.report.deliverables import PlanOutputs
+from training.checkpoint import CheckpointConfig
 from training.config import load
-from training.planning.plan import load_plan
+from training.planning.plan import load_plan, scheduled_phases
+from training.planning.stages import stage_settings
 from training.settings import read_yaml
 
 COMMANDS = [
@@ -34,6 +37,8 @@ OWN = {
     "--experiment_name": {"live_plot.py"},
 }
 WRITTEN = ("--output", "--output_dir")
+NAMES = ("--name", "--output_dir")  # flags whose value an example may invent
+STEP = re.compile(r"quickstart/(\w+)/step_(\d+)")
 FOLDERS = re.compile(r"(checkpoints|logs|results|gguf|runs|data)/")
 TEXTS = [  # without history, the table of spellings, and the user's timeline
     *(path for path in test_house.FILES if path != ROOT / "cli.py"),
@@ -285,6 +290,50 @@ def quickstart_folders() -> set[str]:
     return folders
 
 
+def quickstart_steps() -> dict[str, set[int]]:
+    """Return phase or stage of the quickstart -> steps of the checkpoints that it keeps."""
+    plan = load_plan(ROOT / "configs/quickstart/plan.yaml")
+    trained = {
+        scheduled.run.phase: (scheduled.begin, scheduled.end, scheduled.run.checkpoint)
+        for scheduled in scheduled_phases(plan)
+    }
+    for stage in plan.stages:
+        [settings] = stage_settings(stage).values()
+        checkpoint = CheckpointConfig(**settings["checkpoint"])
+        trained[stage.name] = 0, settings["steps"], checkpoint
+    result = {}
+    for name, (begin, end, kept) in trained.items():
+        saved = [
+            step for step in range(begin + 1, end + 1) if step % kept.every == 0 or step == end
+        ]
+        result[name] = set(saved[-kept.keep :])
+    return result
+
+
+def missing_steps(text: str) -> list[str]:
+    """Return step folders of the quickstart in a text that the quickstart does not keep."""
+    kept = quickstart_steps()
+    return [match[0] for match in STEP.finditer(text) if int(match[2]) not in kept[match[1]]]
+
+
+def unexplained(text: str) -> list[str]:
+    """Return my_run and my_model in a docstring's examples, if the text does not explain them.
+
+    Other names with my_ are files that the reader writes, in a format that the docstring has.
+    """
+    names = set()
+    for command in command_lines(text):
+        words = shlex.split(command)
+        inputs = [word for flag, word in pairwise(words) if flag not in NAMES]
+        names |= {
+            name for word in inputs for name in re.findall(r"\bmy_(?:\w+_)?(?:run|model)\b", word)
+        }
+    plain_text = " ".join(text.split())
+    return sorted(
+        name for name in names if not re.search(rf"{name}(\.yaml)? stands for", plain_text)
+    )
+
+
 def missing_inputs(commands: list[str]) -> list[str]:
     """Return paths in commands that neither the quickstart nor the commands write."""
     words = [shlex.split(command) for command in commands]
@@ -323,6 +372,8 @@ def test_examples_of_help_parse_and_name_what_the_quickstart_writes(path, monkey
     for command in commands:
         parse(command, monkeypatch)
     assert missing_inputs(commands) == []
+    about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert unexplained(about) == []
     others = OTHERS - SPELLINGS.keys()
     text = " ".join(commands)
     allowed = {flag for flag, names in OWN.items() for name in names if Path(name).stem in text}
@@ -332,8 +383,23 @@ def test_examples_of_help_parse_and_name_what_the_quickstart_writes(path, monkey
         assert {flag for flag in flags if flag in others or flag in OWN} <= allowed
 
 
+def test_texts_name_step_folders_that_the_quickstart_keeps(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    wrong = {}
+    for path in TEXTS:
+        if STEP.search(text := path.read_text(encoding="utf-8")):
+            wrong[str(path.relative_to(ROOT))] = missing_steps(text)
+    assert len(wrong) >= 4 and not any(wrong.values()), wrong
+    assert quickstart_steps()["sft"] == {250, 500} and quickstart_steps()["gold"] == {400}
+    assert missing_steps("checkpoints/quickstart/gold/step_260") == ["quickstart/gold/step_260"]
+
+
 def test_wrong_examples_are_found(monkeypatch):
     monkeypatch.chdir(ROOT)
+    for example in ("x.py --init_from my_model", "-m scripts.x my_other_run/step_2 --against y"):
+        [name] = unexplained(f"Text.\n\npython {example}\n")
+        assert name in ("my_model", "my_other_run")
+    assert unexplained("python x.py --name my_run --a my_model\n\nmy_model stands for it.") == []
     text = "Text.\n\npython -m scripts.plot_run \\\n    logs/nowhere   # why\nand python x\n"
     assert [line.split()[-1] for line in command_lines(text)] == ["logs/nowhere"]
     assert missing_inputs(command_lines(text)) == ["logs/nowhere"]

@@ -199,7 +199,7 @@ def test_files_of_other_kinds_are_named(tmp_path, capsys):
     write(tmp_path / "in" / "a.jsonl", lines(ROWS))
     write(tmp_path / "in" / "b.jsonl.bz2", b"x")
     assert ingest(FileReader(str(tmp_path / "in")), tmp_path / "store", "s")
-    reason = f"file type other than {local_files.FILE_TYPES}"
+    reason = f"file type other than {local_files.FILE_TYPES}; {local_files.CONVERT}"
     assert f"s: skipped 1 ({reason}): b.jsonl.bz2" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"no file of type .txt, .* found at .*b.jsonl.bz2"):
         list_files(str(tmp_path / "in" / "b.jsonl.bz2"))
@@ -288,7 +288,7 @@ def test_unreadable_rows_above_one_percent_are_refused(bad, reason, tmp_path, ca
     path = write(tmp_path / "b.jsonl", lines(ROWS[:296]) + bad * 4)
     with pytest.raises(
         ValueError,
-        match=rf"1.3% of the 300 rows of .*\(4 x {reason}; the first is b.jsonl:297\); .*--max_bad",
+        match=rf"1.3% of the 300 rows of .*\(4 x {reason}; the first is b.jsonl:297.*; .*--max_bad",
     ):
         ingest(FileReader(str(path)), tmp_path / "store", "t")
     assert not (tmp_path / "store" / "documents" / "t").exists()

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, tiny_mixture
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from data.dataloader import Batch, Step
 from models import hf, moe
@@ -205,6 +207,14 @@ def test_noise_is_standard_normal_and_belongs_to_the_row():
     assert (torch.corrcoef(by_layer) - torch.eye(3)).abs().max() < 0.04
 
 
+def test_an_fsdp_unit_is_a_block_never_an_expert():
+    """A unit that a rank skips, for lack of tokens, would hang the other ranks."""
+    with setup.ranks():
+        model = wrap_model_fsdp(NanoLlama(CONFIG, seed=0), ParallelConfig(dtype="float32"), CPU)
+        units = [name for name, part in model.named_modules() if isinstance(part, FSDPModule)]
+    assert units == ["", "layers.0", "layers.1"]
+
+
 def test_equal_rows_of_a_step_get_different_noise():
     """Through the objective; the routes depend on the row's number, not on its micro-batch."""
     noisy = replace(CONFIG, moe=replace(CONFIG.moe, balance="none"))
@@ -384,6 +394,28 @@ def check_router_losses_reach_the_router() -> None:
     assert sums["balance_loss"].allclose(total)
 
 
+def check_router_losses_equal_others() -> None:
+    """For one row, balance is transformers' for Mixtral / top_k; z is arXiv:2202.08906's."""
+    layer, x = make_layer(top_k=2), random(1, 9, WIDTH)
+    stats, scores = layer(x)[1], x[0] @ layer.router.weight.T
+    expected = load_balancing_loss_func((scores,), EXPERTS, 2) / 2
+    assert abs(stats.balance.item() - expected.item()) <= 1e-5
+    assert abs(stats.z.item() - scores.logsumexp(-1).square().mean().item()) <= 1e-4
+
+
+def check_no_pair_is_dropped() -> None:
+    stats = make_layer(top_k=2)(random(2, 9, WIDTH))[1]
+    assert stats.dropped.item() == 0
+
+
+def check_each_layer_has_its_own_loads() -> None:
+    model = NanoLlama(CONFIG, seed=0)
+    loads = torch.tensor([[9, 0, 1, 1, 1], [0, 9, 1, 1, 1]])
+    Routing(model, Quiet()).after_step(1, loads)  # type: ignore[arg-type]
+    first, second = (layer.mlp.router.bias for layer in model.layers)
+    assert first[0] < 0 < first[1] and second[1] < 0 < second[0]
+
+
 def check_idle_experts() -> None:
     """With all tokens at two experts, the outputs are right and the idle experts' gradients 0."""
     layer, x = make_layer(), random(2, 9, WIDTH).abs()
@@ -409,6 +441,9 @@ def check_evaluation_leaves_no_trace() -> None:
     *_, buffers = one_step(keep="full")
     assert not buffers["layers.0._checkpoint_wrapped_module.mlp.router.bias"].any()
     batch = random_batch()
+    layer = make_layer(balance="bias").eval()
+    layer(random(2, 9, WIDTH))
+    assert not layer.router.bias.any()
     with setup.ranks():
         wrapped = wrap_model_fsdp(NanoLlama(config, seed=0), ParallelConfig(dtype="float32"), CPU)
         seen: list[TokenLosses] = []
@@ -461,6 +496,17 @@ def always_normalized(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MoEConfig, "normalized", True)
 
 
+def counting_in_evaluation(patch: pytest.MonkeyPatch) -> None:
+    inner = MoE.forward
+
+    def forward(self: MoE, *inputs: Any) -> Any:
+        if not self.training and self.router.bias is not None:
+            self.router.bias.add_(inputs[0].numel())
+        return inner(self, *inputs)
+
+    patch.setattr(MoE, "forward", forward)
+
+
 def counting_forward(patch: pytest.MonkeyPatch) -> None:
     """The layer counts in a buffer at every forward pass: in evaluation and recomputation, too."""
     inner = MoE.forward
@@ -478,7 +524,12 @@ FAULTS = [
     (
         check_router_is_fp32,
         "router in bfloat16",
-        edit(moe.Router, "forward", "scores.logsumexp", "(scores := scores.bfloat16()).logsumexp"),
+        edit(
+            moe.Router,
+            "forward",
+            "scores.logsumexp",
+            "(scores := scores.bfloat16().float()).logsumexp",
+        ),
     ),
     (
         check_bias_follows_single_tokens,
@@ -512,12 +563,38 @@ FAULTS = [
         edit(moe, "router_loss_sum", "weight = config.balance_weight", "weight = 0.0"),
     ),
     (
+        check_router_losses_equal_others,
+        "balance loss times the number of experts",
+        edit(moe.Router, "stats", "experts * (shares", "experts * experts * (shares"),
+    ),
+    (
+        check_router_losses_equal_others,
+        "softmax taken twice",
+        edit(moe.Router, "stats", "(probabilities * weight", "(probabilities.softmax(-1) * weight"),
+    ),
+    (
+        check_router_losses_equal_others,
+        "z-loss without the square",
+        edit(moe.Router, "stats", "normalizer.square()", "normalizer"),
+    ),
+    (
+        check_no_pair_is_dropped,
+        "tokens of an expert lost",
+        edit(MoE, "apply_experts", "order = pairs", "counts[0] = 0; order = pairs"),
+    ),
+    (
+        check_each_layer_has_its_own_loads,
+        "loads of the first layer for all",
+        edit(Routing, "after_step", "zip(self.layers, loads,", "zip(self.layers, loads[[0, 0]],"),
+    ),
+    (
         check_idle_experts,
         "groups of idle experts left out",
         edit(moe.Experts, "forward", "counts.cumsum(0)", "counts[counts > 0].cumsum(0)"),
     ),
     (check_one_expert_teaches_the_router, "one expert divided by itself", always_normalized),
     (check_evaluation_leaves_no_trace, "counts at every forward pass", counting_forward),
+    (check_evaluation_leaves_no_trace, "counts in evaluation", counting_in_evaluation),
     (
         check_evaluation_leaves_no_trace,
         "noise in evaluation",

@@ -1,19 +1,29 @@
 """The starter recipe for one's own text: held-out share, vocabulary, steps, files."""
 
+import io
 import json
+import re
+import shlex
 import sys
+import textwrap
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import complaint_of, library
+import yaml
+from conftest import ROOT, complaint_of, library
+from test_docs_quotes import messages
 
 from data import manifest
+from data.corpus import documents
 from data.pipeline import starter
 from data.pipeline.prepare import prepare, train_store_tokenizer
 from data.pipeline.recipe import Recipe, Split
 from data.pipeline.starter_files import named_sources
 from data.tokenizers.bpe import train_tokenizer
-from scripts import new_recipe
+from scripts import download_data, new_plan, new_recipe
+from train_sft import SFTConfig
 from training.config import load
 from training.settings import load_settings
 
@@ -69,6 +79,7 @@ def test_steps_are_those_of_four_epochs_within_the_minutes():
     assert starter.choose_steps(1_000_000, 2048, 10_000) == 1953
     assert starter.choose_steps(1_000_000, 2048, 600) == 600
     assert starter.choose_steps(1_000, 2048, 600) == starter.LEAST_STEPS
+    assert starter.choose_steps(1_000_000, 2048, 0) == starter.LEAST_STEPS
 
 
 @pytest.fixture
@@ -85,6 +96,17 @@ def run(tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     return command
+
+
+def read_again(recipe: str) -> list[str]:
+    """Run the commands of download_data in a recipe's comments; return the last line of each."""
+    said = []
+    for words in re.findall(r"^# python -m scripts\.download_data (.*)$", recipe, flags=re.M):
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as output:
+            patch.setattr(sys, "argv", ["x", *shlex.split(words)])
+            download_data.main()
+        said.append(output.getvalue().splitlines()[-1])
+    return said
 
 
 def library_folder(folder: Path) -> Path:
@@ -129,6 +151,7 @@ def test_few_long_files_are_cut_and_too_little_text_is_refused(run, tmp_path):
     assert record is not None and record["documents"] > 30
     text = Path("configs/data/one.yaml").read_text()
     assert f"--document_chars {record['inputs']['document_chars']} " in text
+    assert read_again(text) == ["already there"] * 2
     message = run("--name", "rows", "--text", "rows.jsonl", fails=True)
     assert "rows.jsonl: no share of its 1 documents" in message and "split long ones" in message
     write(tmp_path / "tiny" / "a.txt", b"A few words.")
@@ -136,6 +159,98 @@ def test_few_long_files_are_cut_and_too_little_text_is_refused(run, tmp_path):
     assert "0.0 kB of text are too little to train a model; add text, at least 100 kB" in message
     assert not Path("configs/data/tiny.yaml").exists() and not Path("configs/rows.yaml").exists()
     assert "must have letters" in run("--name", "a b", "--text", "tiny", fails=True)
+
+
+def test_a_file_that_is_too_long_for_a_document_is_cut(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_LINE", 50_000)
+    write(tmp_path / "long.txt", "\n\n".join(text for _, text in library(60)).encode())
+    said = run("--name", "long", "--text", "long.txt")
+    assert "long.txt is one document of more than 50,000 bytes; cutting .txt and .md files" in said
+    assert load("configs/long.yaml").steps >= starter.LEAST_STEPS
+
+
+def test_the_command_in_the_recipe_reads_the_same_documents(run, tmp_path):
+    """With every flag that changes them, and a path that is also a known source."""
+    rows = [{"key": name, "title": "t", "story": text} for name, text in library(60)]
+    write(tmp_path / "my notes" / "a.json", json.dumps(rows).encode())
+    flags = ["--text_column", "story", "--id_column", "key", "--max_bad", 0.05]
+    run("--name", "notes", "--text", "my notes", "--max_tokens", 123_456_789, *flags)
+    assert read_again(Path("configs/data/notes.yaml").read_text()) == ["already there"]
+    library_folder(tmp_path / "code")
+    run("--name", "mine", "--text", "code", "--document_chars", 1000)
+    record = manifest.read(tmp_path / "data/store/mine/documents/code")
+    assert record is not None and record["origin"] == "./code"
+    assert read_again(Path("configs/data/mine.yaml").read_text()) == ["already there"]
+
+
+@pytest.mark.parametrize("name", ["code", "quickstart", "fineweb_edu", "mmlu", "fineweb10B"])
+def test_an_existing_path_precedes_a_known_source(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert named_sources([name]) == {name: name}
+    write(tmp_path / name / "a.txt", b"x")
+    assert named_sources([name]) == {name: f"./{name}"}
+
+
+def test_files_that_do_not_load_are_not_left_behind(run, tmp_path, monkeypatch):
+    library_folder(tmp_path / "texts")
+
+    def failing(*_):
+        raise ValueError("the recipe is wrong")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(new_recipe, "load_settings", failing)
+        assert "the recipe is wrong" in run("--name", "mine", "--text", "texts", fails=True)
+    assert not Path("configs/mine.yaml").exists() and not Path("configs/data/mine.yaml").exists()
+    run("--name", "mine", "--text", "texts", "--minutes", "0.004")
+    assert load("configs/mine.yaml").steps == starter.LEAST_STEPS
+
+
+def test_messages_of_the_readers_name_flags_of_new_recipe():
+    names = ("ingest", "skipped", "readers", "documents", "tables", "local_files")
+    files = [*(ROOT / f"data/corpus/{name}.py" for name in names)]
+    files.append(ROOT / "data/pipeline/starter_files.py")
+    known = {flag for action in new_recipe.make_parser()._actions for flag in action.option_strings}
+    known |= {"--dataset", "--output_dir"}  # of the command in the recipe
+    seen, unknown = set(), []
+    for path in files:
+        texts = messages(path.read_text(encoding="utf-8"))
+        given = [text for text in texts if text.startswith("--") and text.endswith("remove it")]
+        for message in texts:
+            if any(message in text for text in given) or message.startswith("# python"):
+                continue  # about a flag that was given, or a command
+            text = re.sub(r"--\w+ of scripts\.download_data|\(or --shards\)", "", message)
+            flags = set(re.findall(r"--[a-z]\w*", text))
+            seen |= flags
+            unknown += [(path.name, message) for flag in flags - known]
+    assert unknown == [] and {"--text_column", "--document_chars", "--max_bad"} <= seen
+
+
+def blocks(page: str) -> list[dict]:
+    """Return the YAML blocks of a page of docs/."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = re.findall(r"^( *)```yaml\n(.*?)^ *```$", text, flags=re.M | re.S)
+    return [yaml.safe_load(textwrap.dedent(block)) for _, block in found]
+
+
+def test_the_configs_of_the_page_load(run, tmp_path, capsys, monkeypatch):
+    sft, large = blocks("own_data.md")
+    write(tmp_path / "my_sft.yaml", yaml.safe_dump(sft).encode())
+    assert load_settings(SFTConfig, "my_sft.yaml", [], {"init_from": "x"}).run == "my_run"
+    page = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
+    library_folder(tmp_path / "texts")
+    run("--name", "my_run", "--text", "texts")
+    [small] = re.findall(r"run=my_small .*?model\.\w+=\d+ .*?model\.\w+=\d+", page, flags=re.S)
+    overrides = small.replace("\\", "").split()
+    model = load("configs/my_run.yaml", overrides).model
+    assert (model.hidden_size, model.intermediate_size, model.head_dim) == (128, 352, 32)
+    [command] = re.findall(r"^ *python -m scripts\.new_plan (.*)$", page, flags=re.M)
+    monkeypatch.setattr(sys, "argv", ["x", *shlex.split(command)])
+    new_plan.main()
+    write(tmp_path / "configs" / "my_large.yaml", yaml.safe_dump(large).encode())
+    config = load("configs/my_large.yaml")
+    plan = load("configs/my_plan/base.yaml")
+    assert config.model == replace(plan.model, vocab_size=1024) and config.optim == plan.optim
+    assert config.data.mix == {"my_texts": 1.0} and config.data.store == "data/store/my_run"
 
 
 def test_large_text_is_filtered(run, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from data.corpus.local_files import HIDDEN, OTHER_SPLIT, TEMPORARY
 from data.corpus.readers import FileReader, Skipped
 from data.corpus.sources import Document, hub_set
 
+OTHER_TYPE = f"file type other than {local_files.FILE_TYPES}; {local_files.CONVERT}"
 TEXTS = [
     'One, "two";\nthree \\ [x] {y}',
     "Größe 日本 🤖",
@@ -159,7 +160,7 @@ def test_a_folder_of_a_mixture_skips_and_names_what_it_does_not_read(tmp_path, c
         "latin.txt": ("für".encode("latin-1"), ENCODING),
         "picture.md": (b"\x89PNG\0\0", BINARY),
         "empty.txt": (b"", "no text"),
-        "paper.pdf": (b"%PDF", f"file type other than {local_files.FILE_TYPES}"),
+        "paper.pdf": (b"%PDF", OTHER_TYPE),
         ".hidden.txt": (b"x", HIDDEN),
         "half.txt.tmp": (b"x", TEMPORARY),
         "wide.csv": ("id,text\n1,x".encode("utf-32"), ENCODING),
@@ -236,7 +237,7 @@ def test_malformed_rows_of_a_table_are_counted(tmp_path):
         Skipped(tables.TOO_LONG_ROW, "a.csv:3"),
         Skipped("not UTF-8 text", "a.csv:4"),
         Document("4", 'a "b" c\nd'),
-        Skipped("no column with text", "a.csv:6"),
+        Skipped("no column with text", "a.csv:6 (keys: id)"),
         Skipped(tables.NOT_CSV, "a.csv:7"),
     ]
 
@@ -386,6 +387,73 @@ def test_settings_without_effect_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             open_reader(dataset, tmp_path / "store", **options)
+
+
+# ---- errors that say what to do
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("form", ["a.csv", "a.jsonl", "a.json", "a.parquet", "a.arrow"])
+def test_a_missing_column_lists_the_keys_of_the_first_row(form, explicit, tmp_path):
+    def refused(row: dict) -> str:
+        arrow = pa.Table.from_pylist([row])
+        path = write(tmp_path / form, b"")
+        if form == "a.parquet":
+            pq.write_table(arrow, path)
+        else:
+            flat = {key: value if isinstance(value, str) else "[]" for key, value in row.items()}
+            content = {
+                "a.csv": lambda: table_text(",", [flat]),
+                "a.jsonl": lambda: lines([row]),
+                "a.json": lambda: json.dumps([row]).encode(),
+                "a.arrow": lambda: arrow_stream([row]),
+            }
+            write(path, content[form]())
+        with pytest.raises(ValueError) as error:
+            ingest(FileReader(str(path), "plot" if explicit else None), tmp_path / "store", "s")
+        return str(error.value)
+
+    words = refused({"id": "1", "title": "t", "story": "x"})
+    assert "id, title, story" in words and "--text_column" in words and "train_sft" not in words
+    for key in ("messages", "conversations"):
+        words = refused({key: [{"role": "user", "content": "Hi"}], "origin": "forum"})
+        assert f"{key}, origin" in words and "train_sft.py" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.docx", b"PK", "convert documents to .txt"),
+        ("in/a.pdf", b"%PDF", r"\(only a.pdf\); convert documents to .txt"),
+        (
+            "a.json.gz",
+            gzip.compress(b"A plain text.\nMore."),
+            "rename a file of plain text to .txt",
+        ),
+        ("a.jsonl", b"A plain text.\nMore.\n", "rename a file of plain text"),
+        ("a.txt", b"\x89PNG\0\0", "convert them to text$"),
+        ("a.md", "f\xfcr".encode("latin-1"), "convert them with iconv -t UTF-8$"),
+        ("a.jsonl", b'"text"\n', r'write each row as {"text": "..."}$'),
+        ("a.parquet", b"PAR1", "restore them from a copy$"),
+    ],
+)
+def test_files_that_a_flag_does_not_help_get_other_advice(name, content, words, tmp_path):
+    path = write(tmp_path / name, content)
+    where = path.parent if name.startswith("in/") else path
+    with pytest.raises(ValueError, match=words) as error:
+        ingest(FileReader(str(where)), tmp_path / "store", "s")
+    assert "--" not in str(error.value)
+
+
+def test_an_address_without_its_prefix_is_recognized(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for address in ("Salesforce/wikitext", "a/b:c-1.0@v1", "a.b/c"):
+        with pytest.raises(ValueError, match=f"give hf://{address}$"):
+            open_reader(address, tmp_path / "store")
+    for path in ("texts/lost", "texts/*.txt", "/a/b", "a/b/c"):
+        with pytest.raises(ValueError, match=r"; check the path$"):
+            open_reader(path, tmp_path / "store", "s")
 
 
 # ---- conversations

@@ -360,7 +360,7 @@ def test_nothing_fits_and_wrong_arguments(plan_1b):
     )
     assert suggest_fitting_settings(run, 2, GPUS["rtx4090"]) == []
     for arguments, message in (
-        ({"gpu": "h1000"}, "unknown --gpu h1000; available: h100, h200"),
+        ({"gpu": "h1000"}, "unknown --gpu h1000; did you mean h100[?] available: h100, h200"),
         ({"gpu": "h100", "gpus": 3}, "32 rows per step do not divide into micro-batches of"),
         ({"gpu": "h100", "mfu": 45.0}, "--mfu 45 must be above 0 and at most 1"),
     ):

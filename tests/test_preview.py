@@ -239,7 +239,7 @@ def test_mistakes(case, capsys, monkeypatch, tmp_path):
         (["--rows", tmp_path / "lost.jsonl", *base], "lost.jsonl"),
         (["--rows", pairs, *base, "--config", case / "sft.yaml"], "without --config and settings"),
         (["--config", case / "sft.yaml"], "no base model is set; use --base_model"),
-        (["--config", ROOT / "configs/test_mode.yaml", *base], "--base_model has no effect with"),
+        (["--config", ROOT / "configs/test_mode.yaml", *base], "was trained with model."),
         (["--config", case / "lost.yaml"], "lost.yaml not found"),
         (["--config", ROOT / "configs/plan_1b.yaml"], "is a plan; give it to scripts.pipeline"),
         (["--config", case / "sft.yaml", *base, "--sequence_length", 9], "data.sequence_length=N"),

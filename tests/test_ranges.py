@@ -17,6 +17,7 @@ from conftest import ROOT
 from cli import PORT, int_at_least, within
 from data.manifest import read_json
 from data.pipeline.recipe import Recipe
+from evals.engines import check_checkpoint
 from evals.report.targets import read_targets
 from evals.suite_config import Suite
 from lab.experiment import Experiment
@@ -575,6 +576,8 @@ def test_an_adapter_is_named_as_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="holds an adapter, not a model; merge it into its base"):
         read_hf_config(tmp_path)
+    with pytest.raises(ValueError, match="holds an adapter, not a model; merge it into its base"):
+        check_checkpoint(tmp_path)
 
 
 def test_check_fields_reaches_lists_and_mappings():

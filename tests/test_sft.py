@@ -444,6 +444,7 @@ def test_rates_after_warm_up_equal_transformers(kind, steps, warmup):
     ("more", "message"),
     [
         (["init_from=nowhere"], "nowhere has no complete checkpoint"),
+        (["init_from=owner/model"], "hf download owner/model --local-dir model and give model"),
         (["data.mix={}"], "data.mix is empty; list at least one of chat.sources: rows, more"),
         (
             ["chat.sources.rows.limit=-1"],

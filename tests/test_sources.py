@@ -246,7 +246,7 @@ def test_files_of_every_kind(mixed, tmp_path, capsys):
     assert [*source_manifest["skipped_examples"].values()] == [
         ["a.jsonl:6"],
         ["a.jsonl:8"],
-        ["a.jsonl:9"],
+        ["a.jsonl:9 (keys: id)"],
     ]
     assert "skipped 1 (not JSON): a.jsonl:6" in errors
     assert source_manifest["documents"] == len(got) and source_manifest["bytes"] == sum(
@@ -339,7 +339,7 @@ def test_columns_budget_and_ids(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"b.jsonl has no readable document \(1 x no column with text; the first is "
-        r"b.jsonl:1\); check the path, --text_column",
+        r"b.jsonl:1 \(keys: body\)\); name the column of the text with --text_column",
     ):
         ingest(FileReader(str(tmp_path / "b.jsonl")), tmp_path, "t")
     with pytest.raises(ValueError, match=r"no file of type .txt, .md, .jsonl"):
@@ -538,7 +538,7 @@ def test_complaints_of_the_hub_say_what_to_do():
     )
     assert gated in hub_complaint(error(GatedRepoError, 403), "a/b")
     assert gated in hub_complaint(error(HfHubHTTPError, 401), "a/b", gated=True)
-    assert "give another with --revision" in hub_complaint(error(RevisionNotFoundError, 404), "a/b")
+    assert "give another after @" in hub_complaint(error(RevisionNotFoundError, 404), "a/b")
     assert "downloading a/b from the hub failed (HfHubHTTPError: no" in hub_complaint(
         error(HfHubHTTPError, 503), "a/b"
     )
@@ -726,9 +726,9 @@ def test_the_command_against_a_hub(tmp_path):
             and 40 < len(got) < 60
         )
         done = run(endpoint, "fineweb_edu", "--revision", "0" * 40)
-        assert (
-            done.returncode == 2 and "no such revision; give another with --revision" in done.stderr
-        ), done.stderr
+        assert done.returncode == 2 and "no such revision; give another after @" in done.stderr, (
+            done.stderr
+        )
     # Needs no hub.
     assert run(endpoint, "fineweb_edu", "--max_tokens", "5e3").stdout.endswith("already there\n")
     with local_hub(

@@ -257,6 +257,6 @@ def test_the_demo_opens_the_last_model(place):
     output = demo.output.read_text()
     assert (
         f"opening {place / 'checkpoints'}" in output
-        and "/dpo/step_5, the newest model;" in output
+        and "/dpo/step_5, of the newest run;" in output
         and "http://" in output
     )

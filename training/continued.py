@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from files import read_json
-from models.hf import read_hf_config
+from models.hf import read_hf_config, resolve_checkpoint
 from models.nanollama import ModelConfig
 from models.rope import RopeScaling
 
@@ -20,12 +20,13 @@ def settings_from_base(values: dict[str, Any]) -> dict[str, Any]:
     """Return settings, by dotted name, that `values` may omit because init_from determines them.
 
     They are the model section, rope_theta, and a schedule over the steps of the run: warm-up, then
-    decay. {} without init_from. ValueError if the model section contradicts the folder.
+    decay. init_from itself becomes the newest step folder of a phase folder. {} without init_from.
+    ValueError if the model section contradicts the folder.
     """
     base, given = values.get("init_from"), values.get("model") or {}
     if not base or not isinstance(given, dict):
         return {}
-    folder = Path(str(base))
+    folder = resolve_checkpoint(str(base))
     if given and not (folder / "config.json").is_file():
         return {}  # an earlier phase of a plan writes it later
     config = read_hf_config(folder)
@@ -42,10 +43,11 @@ def settings_from_base(values: dict[str, Any]) -> dict[str, Any]:
             model["moe"] |= value
         elif name not in model or name in MAY_DIFFER:
             model[name] = value
+    derived = {"model": json.dumps(model), "init_from": str(folder), **_schedule(values)}
     if values.get("rope_theta") is None:
         _check_context(folder, config, model)
-        return {"model": json.dumps(model), "rope_theta": theta, **_schedule(values)}
-    return {"model": json.dumps(model), **_schedule(values)}
+        derived["rope_theta"] = theta
+    return derived
 
 
 def is_scaling_of(init_from: str | None, scaling: RopeScaling, context: int) -> bool:

@@ -25,12 +25,12 @@ class DividedExperts(Experts):
         gate_proj, up_proj, down_proj = super().weights()
         return None if gate_proj is None else local(gate_proj), local(up_proj), local(down_proj)
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Collective. Apply each expert, on its rank, to its rows of x [rows, D].
 
         counts [E]: this rank's rows of each expert; expert 0 has the first counts[0]. A rank may
         send or receive no rows. The gradients of a rank's experts are sums over the rows of all
-        ranks.
+        ranks. Returns the output and the rows that this rank's experts computed, for all ranks.
         """
         ranks, group = dist.get_world_size(self.group), self.group
         received = torch.empty_like(counts)  # for each rank, its rows per expert of this rank
@@ -43,8 +43,9 @@ class DividedExperts(Experts):
         order = rows_of.argsort(stable=True)
         inverse = inverse_of(order)
         local_counts = received.view(ranks, -1).sum(0)
-        out = super().forward(permute(rows, order, inverse), local_counts)
-        return _AllToAll.apply(permute(out, inverse, order), sent_rows, received_rows, group)
+        out, computed = super().forward(permute(rows, order, inverse), local_counts)
+        out = _AllToAll.apply(permute(out, inverse, order), sent_rows, received_rows, group)
+        return out, computed
 
 
 class _AllToAll(torch.autograd.Function):

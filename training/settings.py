@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from ranges import WORDS, check, hints, member, shown
 from training.aliases import renamed
-from yaml_file import parse_yaml, read_yaml_file
+from yaml_file import SUFFIXES, parse_yaml, read_yaml_file
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_EXTENDS = 100
@@ -292,6 +292,7 @@ def _make_dataclass(kind: Any, value: Any, name: str) -> Any:
 
 
 def _nearest(path: Path) -> str:
-    names = [file.name for folder in (path, ROOT / path) for file in folder.parent.glob("*.yaml")]
+    files = [file for folder in (path, ROOT / path) for file in folder.parent.glob("*.y*ml")]
+    names = [file.name for file in files if file.suffix in SUFFIXES]
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""

@@ -23,7 +23,7 @@ import yaml
 from files import write_json, write_text
 from machine import COMPLETE, default_device, device_name
 from models.attention import choose_kernel
-from models.hf import load_weights, read_config
+from models.hf import download_advice, load_weights, read_config
 from models.kinds import build_model, parameters_text
 from torchrun_plugin import LAUNCHER
 from training.checkpoint import Checkpointer, load_state
@@ -322,9 +322,8 @@ def find_checkpoint(path: Path, required: bool) -> Path | None:
         (folder for folder in folders if has_state(folder) and find_damage(folder) is None), None
     )
     if newest is None and required:
-        raise ValueError(
-            f"{path} has no complete checkpoint; use a step_N folder or the folder of a phase"
-        )
+        advice = download_advice(path) or "use a step_N folder or the folder of a phase"
+        raise ValueError(f"{path} has no complete checkpoint; {advice}")
     return newest
 
 

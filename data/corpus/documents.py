@@ -1,7 +1,7 @@
 """Read the documents of one local file of any accepted type."""
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from data.corpus.local_files import (
 )
 from data.corpus.sources import Document
 from data.corpus.tables import (
+    CHAT_COLUMNS,
     MORE_THAN_ARRAY,
     NOT_CSV,
     TOO_LONG_ROW,
@@ -31,9 +32,10 @@ from files import parse_json
 
 NOT_JSON, NOT_UTF8, NOT_OBJECT = "not JSON", "not UTF-8 text", "not a JSON object"
 ARRAY, NO_COLUMN = "a JSON array; write one object per line", "no column with text"
+CONVERSATION = "a conversation, which train_sft.py reads"
 # Reasons that count against ingest's max_bad
 UNREADABLE = (
-    *(NOT_JSON, NOT_UTF8, NOT_OBJECT, ARRAY, NO_COLUMN),
+    *(NOT_JSON, NOT_UTF8, NOT_OBJECT, ARRAY, NO_COLUMN, CONVERSATION),
     *(NOT_CSV, TOO_LONG_ROW, MORE_THAN_ARRAY),
 )
 DAMAGED = "rest of the file truncated or damaged"
@@ -41,7 +43,15 @@ NO_TEXT = "no text"
 # Reasons of whole files
 ENCODING = "files that are neither UTF-8 nor UTF-16 with a byte-order mark; iconv converts them"
 BINARY = "files with binary content"
+UNREADABLE_FILE, UNREADABLE_ROWS = "unreadable file", "unreadable rows"
 NO_TEXT_COLUMN = "tables without an evident column of text; --text_column names one"
+
+
+MAX_KEYS = 200  # characters of a row's keys in a message
+
+
+class LongDocumentError(ValueError):
+    """A text file is too long for one document."""
 
 
 class Skipped(NamedTuple):
@@ -115,7 +125,7 @@ class FileDocuments:
         for block in utf8_blocks(self.path):
             content += block
             if len(content) > MAX_LINE:
-                raise ValueError(
+                raise LongDocumentError(
                     f"{self.path} is one document of more than {MAX_LINE:,} bytes; cut it with "
                     "--document_chars 20000"
                 )
@@ -157,7 +167,7 @@ class FileDocuments:
             try:
                 self._column(row_columns(value))
             except _NoTextColumn:
-                return Skipped(NO_COLUMN, where)
+                return without_text(value, where)
         return row_document(value, where, self.column or "text", self.settings.id_column)
 
     def _column(self, columns: Mapping[str, bool]) -> str:
@@ -202,7 +212,7 @@ class FileDocuments:
         try:
             file = pq.ParquetFile(self.path, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
-            yield before, Skipped("unreadable file", f"{self.name} ({first_line(error)})")
+            yield before, Skipped(UNREADABLE_FILE, f"{self.name} ({first_line(error)})")
             return
         with file:
             columns = self._table_columns(file.schema_arrow)
@@ -223,7 +233,7 @@ class FileDocuments:
                                 yield number, document
                 except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                     where = f"{self.name}:{number + 1}-{end} ({first_line(error)})"
-                    yield end, Skipped("unreadable rows", where)
+                    yield end, Skipped(UNREADABLE_ROWS, where)
 
     def _arrow(self, before: int) -> Iterator[Numbered]:
         import pyarrow as pa
@@ -252,6 +262,7 @@ class _NoTextColumn(Exception):
         self.columns = list(columns)
         super().__init__(
             f"{path} has no column {column}, only {', '.join(columns)}; give --text_column"
+            f"{conversation_hint(columns)}"
         )
 
 
@@ -319,9 +330,23 @@ def row_document(row: Any, where: str, text_column: str, id_column: str) -> Docu
     if not isinstance(row, dict):
         rows = isinstance(row, list) and row and isinstance(row[0], dict)
         return Skipped(ARRAY if rows else NOT_OBJECT, where)
-    if text_column not in row:
-        return Skipped(NO_COLUMN, where)
+    if not isinstance(row.get(text_column, 0), str | bytes | None):
+        return without_text(row, where)
     return to_document(row[text_column], row.get(id_column), where)
+
+
+def without_text(row: Mapping[str, Any], where: str) -> Skipped:
+    """Return a row without a column of text as Skipped; `where` then lists its keys."""
+    keys = ", ".join(row)
+    listed = keys if len(keys) <= MAX_KEYS else f"{keys[:MAX_KEYS]}..."
+    reason = CONVERSATION if CHAT_COLUMNS & row.keys() else NO_COLUMN
+    return Skipped(reason, f"{where} (keys: {listed or 'none'})")
+
+
+def conversation_hint(columns: Collection[str]) -> str:
+    """Return which command reads conversations, if the columns hold some; else ""."""
+    hint = ", or give conversations to train_sft.py (docs/sft.md)"
+    return hint if CHAT_COLUMNS & set(columns) else ""
 
 
 def to_document(text: object, row_id: object, where: str) -> Document | Skipped:

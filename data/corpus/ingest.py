@@ -23,17 +23,16 @@ from tqdm import tqdm
 
 from data import manifest
 from data.corpus import quickstart_corpus
-from data.corpus.documents import ENCODING, NO_TEXT, UNREADABLE, Skipped
+from data.corpus.documents import Skipped
 from data.corpus.readers import PARQUET_SHARE, CorpusReader, FileReader, HubReader, Reader
+from data.corpus.skipped import MAX_EXAMPLES, check_read, report_skipped
 from data.corpus.sources import HUB, HUB_SOURCES, Document, HubSource, hub_files, hub_set
 from files import read_object, write_text
 
 PART_BYTES = 256_000_000  # UTF-8 bytes of text in a part
 ROW_GROUP_BYTES = 16_000_000
-MAX_EXAMPLES = 5  # skipped rows that are listed, per reason
 PROGRESS = "progress.json"
 MAX_BAD = 0.01  # maximum share of unreadable rows, as in chat.max_bad
-MAX_UNDECODABLE = 0.5  # maximum share of text files in an unsupported encoding: our judgement
 STORE_FOLDERS = ("documents", "work", "tokens", "tokenizer")  # not read as a source
 
 
@@ -95,8 +94,8 @@ def open_reader(
         return name, CorpusReader(documents, inputs, corpus.licence, origin, corpus.bytes_per_token)
     if not any(sign in dataset for sign in "./*") and not Path(dataset).exists():
         raise ValueError(
-            f"--dataset {dataset} is neither a path nor a known source; known: "
-            f"{', '.join((*HUB_SOURCES, *packaged))}, quickstart"
+            f"{dataset} is neither a path nor a known source; known: "
+            f"{', '.join((*HUB_SOURCES, *packaged))}"
         )
     if not name:
         raise ValueError(f"the source at {dataset} needs a name in the store; give --name")
@@ -178,8 +177,8 @@ def ingest(
                 state = _resume(work, inputs)
                 _check_disk(reader, work, max_bytes)
                 _write_parts(reader, work, name, inputs, state, part_bytes, max_bytes)
-                _check_read(reader, state, max_bad)
-                _report_skipped(name, reader, state)
+                check_read(reader, state, max_bad)
+                report_skipped(name, reader, state)
                 manifest.write(
                     work,
                     {"inputs": inputs, "licence": reader.licence, "origin": reader.origin, **state},
@@ -425,61 +424,6 @@ def _full_disk(work: Path) -> Iterator[None]:
             f"the disk is full; {work} keeps {count} finished part(s): free some space and run the "
             "same command again to continue"
         ) from error
-
-
-def _report_skipped(name: str, reader: Reader, state: dict[str, Any]) -> None:
-    for column, where in reader.notes.items():
-        print(
-            f"{name}: read the column {column!r} as text, first in {where}; --text_column names "
-            "another",
-            file=sys.stderr,
-        )
-    for reason, count in state["skipped"].items():
-        examples = state["skipped_examples"][reason]
-        if examples:
-            more = ", ..." if count > MAX_EXAMPLES else ""
-            print(
-                f"{name}: skipped {count:,} ({reason}): {', '.join(examples)}{more}",
-                file=sys.stderr,
-            )
-    if state["repaired"]:
-        print(
-            f"{name}: replaced lone surrogates by U+FFFD in {state['repaired']:,} documents",
-            file=sys.stderr,
-        )
-
-
-def _check_read(reader: Reader, state: dict[str, Any], max_bad: float) -> None:
-    """ValueError if a source has no document or too many unreadable rows."""
-
-    def listing(skipped: dict[str, int]) -> str:
-        return ", ".join(f"{count:,} x {reason}" for reason, count in skipped.items())
-
-    skipped, examples = state["skipped"], state["skipped_examples"]
-    if not state["documents"]:
-        reasons = listing(skipped) or "it is empty"
-        first = next((f"; the first is {rows[0]}" for rows in examples.values() if rows), "")
-        raise ValueError(
-            f"{reader.origin} has no readable document ({reasons}{first}); check the path, "
-            "--text_column and --id_column"
-        )
-    undecodable, texts = skipped.get(ENCODING, 0), state["documents"] + skipped.get(ENCODING, 0)
-    if undecodable > MAX_UNDECODABLE * texts:
-        raise ValueError(
-            f"{undecodable:,} of {texts:,} texts of {reader.origin} are neither UTF-8 nor UTF-16 "
-            f"with a byte-order mark (the first is {examples[ENCODING][0]}); convert them with "
-            "iconv -t UTF-8"
-        )
-    unreadable = {reason: count for reason, count in skipped.items() if reason in UNREADABLE}
-    bad = sum(unreadable.values())
-    rows = state["documents"] + bad + skipped.get(NO_TEXT, 0)
-    if bad > max_bad * rows:
-        first = next(state["skipped_examples"][reason][0] for reason in unreadable)
-        raise ValueError(
-            f"{bad / rows:.1%} of the {rows:,} rows of {reader.origin} cannot be read "
-            f"({listing(unreadable)}; the first is {first}); correct them, check --text_column, or "
-            f"raise --max_bad (now {max_bad:g})"
-        )
 
 
 def _check_origin(reader: Reader, target: Path, work: Path) -> None:

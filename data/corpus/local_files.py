@@ -3,6 +3,7 @@
 import codecs
 import glob
 import os
+import re
 import zlib
 from collections.abc import Collection, Iterator
 from itertools import takewhile
@@ -20,6 +21,9 @@ ROW_SUFFIXES = (
 SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES)
 ROW_TYPES = ".jsonl, .json, .csv, .tsv (each also .gz or .zst), .parquet, .arrow"
 FILE_TYPES = f".txt, .md, {ROW_TYPES}"
+CONVERT = "convert documents to .txt"
+# owner/name of a hub data set, with its configuration and revision
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[^/@]+)?(@.+)?")
 HIDDEN, TEMPORARY = "hidden files and folders", "temporary files and folders (.tmp)"
 OTHER_SPLIT = "other splits of the data set; --split selects one"
 BLOCK = 1 << 20  # bytes of content handled at once
@@ -96,10 +100,21 @@ def list_files(
     types = FILE_TYPES if suffixes == SUFFIXES else ROW_TYPES
     if not data_files:
         others = f" (only {', '.join(list(named)[:3])})" if named and root.is_dir() else ""
-        raise ValueError(f"no file of type {types} found at {where}{others}; check the path")
-    left_out = {name: f"file type other than {types}" for name in named if name not in data_files}
+        advice = _advice(where, bool(named), suffixes)
+        raise ValueError(f"no file of type {types} found at {where}{others}; {advice}")
+    reason = f"file type other than {types}; {CONVERT}"
+    left_out = {name: reason for name in named if name not in data_files}
     left_out |= {_relative(path, base): reason for path, reason in walk.left_out.items()}
     return data_files, left_out
+
+
+def _advice(where: str, has_others: bool, suffixes: tuple[str, ...]) -> str:
+    """Say what to do about a path without a data file. has_others: it has files of other types."""
+    if has_others:
+        return CONVERT if suffixes == SUFFIXES else "convert them to .jsonl"
+    if HUB_NAME.fullmatch(where) and not Path(where).parent.is_dir():
+        return f"check the path; for a data set of the hub, give hf://{where}"
+    return "check the path"
 
 
 def _relative(path: Path, base: Path) -> str:

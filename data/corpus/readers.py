@@ -14,6 +14,7 @@ from data.corpus.documents import (
     FileDocuments,
     FileSettings,
     Skipped,
+    conversation_hint,
     first_line,
     parse_line,
     row_document,
@@ -25,6 +26,7 @@ from data.corpus.tables import choose_column, row_columns
 from data.manifest import file_hash
 
 HUB_PACKAGES = ("huggingface_hub", "datasets", "httpx", "httpx2", "aiohttp", "pyarrow")
+REVISION = "after @ in its address, or with --revision of scripts.download_data"
 # Disk bytes per byte of text, an upper estimate: 0.25 to 0.42 in the quickstart corpus
 PARQUET_SHARE = 0.6
 
@@ -215,6 +217,7 @@ class HubReader:
         if column is None:
             raise ValueError(
                 f"{self.origin} has no column text, only {', '.join(row)}; give --text_column"
+                f"{conversation_hint(row)}"
             )
         if column != "text":
             self.notes[column] = self.origin
@@ -264,8 +267,8 @@ class HubReader:
                     raise self._explained(error) from error
             if not self.files:
                 raise ValueError(
-                    f"{self.origin} has no files {self.source.files}; give another commit with "
-                    "--revision"
+                    f"{self.origin} has no files {self.source.files}; correct the pattern, or "
+                    f"give another commit {REVISION}"
                 )
         return self.files
 
@@ -334,7 +337,7 @@ def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
             f"run `hf auth login`, then {again}"
         )
     if any_is(RevisionNotFoundError):
-        return f"{repo} has no such revision; give another with --revision"
+        return f"{repo} has no such revision; give another {REVISION}"
     if any_is(RepositoryNotFoundError):
         return (
             f"the hub has no public data set {repo}; check its name, or run `hf auth login` if it "

@@ -10,6 +10,7 @@ from typing import Any
 from data.corpus.local_files import MAX_LINE, file_type, read_lines, utf8_blocks
 from files import parse_json
 
+CHAT_COLUMNS = {"messages", "conversations"}
 TEXT_COLUMNS = ("text", "content", "document", "body", "article", "raw_content", "markdown")
 NOT_CSV = "not CSV (quotes)"
 TOO_LONG_ROW = "a row with more fields than the header; quote text that contains the separator"
@@ -22,7 +23,7 @@ def choose_column(columns: Mapping[str, bool], id_column: str = "") -> str | Non
     """Return the column with the documents' text; None if it is not evident.
 
     columns: name -> True if its values are text. Chooses the first of TEXT_COLUMNS, in any case, or
-    the only text column other than `id_column`.
+    the only text column other than `id_column`. Conversations have no such only column.
     """
     if "text" in columns:
         return "text"  # of any type: a wrong type is a separate error
@@ -30,7 +31,7 @@ def choose_column(columns: Mapping[str, bool], id_column: str = "") -> str | Non
     for wanted in TEXT_COLUMNS:
         if matches := [name for name in texts if name.lower() == wanted]:
             return matches[0]
-    return texts[0] if len(texts) == 1 else None
+    return texts[0] if len(texts) == 1 and not CHAT_COLUMNS & columns.keys() else None
 
 
 def csv_rows(path: Path) -> Iterator[dict[str, str] | str]:

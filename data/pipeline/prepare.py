@@ -55,7 +55,7 @@ from data.tokenizers.bpe import (
     vocabulary_size,
 )
 from data.tokenizers.public import load_public
-from data.tokenizers.reuse import copy_tokenizer, ensure_tokenizer
+from data.tokenizers.reuse import copy_tokenizer, ensure_tokenizer, resolve_folder
 from files import write_text
 
 SAMPLED_PARTS = 32  # evenly spaced parts of a source that the tokenizer trains on
@@ -79,7 +79,7 @@ def train_store_tokenizer(recipe: Recipe) -> bool:
     store, config = Path(recipe.store), recipe.tokenizer
     target, scratch = store / "tokenizer", store / "tokenizer.tmp"
     if config.folder:
-        return copy_tokenizer(Path(config.folder), target)
+        return copy_tokenizer(resolve_folder(config.folder), target)
     parts = document_parts(recipe)
     order = list(recipe.sources)
     inputs = {
@@ -118,8 +118,13 @@ def prepare(recipe: Recipe) -> str:
     """Run the recipe's unfinished stages: "done", "already there" or, with Slurm, "submitted"."""
     store = Path(recipe.store).resolve()
     if recipe.tokenizer.folder:
-        ensure_tokenizer(Path(recipe.tokenizer.folder), store / "tokenizer")
-    load_tokenizer(store / "tokenizer")  # fails early if it is missing
+        ensure_tokenizer(resolve_folder(recipe.tokenizer.folder), store / "tokenizer")
+    elif not (store / "tokenizer" / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{store / 'tokenizer'} has no tokenizer.json; to continue a model, set "
+            "tokenizer.folder=FOLDER to its folder; for a new model, give --train_tokenizer"
+        )
+    load_tokenizer(store / "tokenizer")  # fails early if it is damaged
     parts = document_parts(recipe)
     inputs = _inputs(recipe, parts)
     with exclusive_run(store / "work" / "lock"):

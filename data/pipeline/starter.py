@@ -155,5 +155,5 @@ def _measured(tokenizer: Tokenizer, size: int, words: Counter[str], total: int) 
 
 
 def choose_steps(tokens: float, tokens_per_step: int, limit: int) -> int:
-    """Return the steps of MAX_EPOCHS epochs of `tokens` tokens, from LEAST_STEPS to `limit`."""
-    return min(limit, max(LEAST_STEPS, int(MAX_EPOCHS * tokens / tokens_per_step)))
+    """Return the steps of MAX_EPOCHS epochs, at most `limit` but at least LEAST_STEPS."""
+    return max(LEAST_STEPS, min(limit, int(MAX_EPOCHS * tokens / tokens_per_step)))

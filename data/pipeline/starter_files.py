@@ -1,12 +1,15 @@
 """Read one's own text into a store and write a starter recipe and training config for it."""
 
+import re
+import shlex
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
 
-from data.corpus.ingest import ingest, open_reader, source_name
+from data.corpus.documents import LongDocumentError
+from data.corpus.ingest import MAX_BAD, ingest, open_reader, source_name
 from data.corpus.local_files import TEXT_SUFFIXES
 from data.corpus.readers import FileReader, Reader
 from data.pipeline import starter
@@ -17,13 +20,33 @@ PIECE_NOTE = "held-out pieces come from the files that training reads, so scores
 
 
 @dataclass(frozen=True)
+class ReadSettings:
+    """How new_recipe reads each source: the flags of the same names of download_data."""
+
+    max_tokens: float
+    text_column: str | None = None
+    id_column: str | None = None
+    split: str | None = None
+    document_chars: int | None = None  # None: text files are cut if necessary
+    max_bad: float = MAX_BAD
+
+    def flags(self) -> list[str]:
+        """Return the flags of download_data that read a source in the same way."""
+        given = {key: value for key, value in asdict(self).items() if value is not None}
+        if self.max_bad == MAX_BAD:
+            del given["max_bad"]
+        texts = {key: f"{v:.15g}" if isinstance(v, float) else v for key, v in given.items()}
+        return [word for key, value in texts.items() for word in (f"--{key}", str(value))]
+
+
+@dataclass(frozen=True)
 class Source:
-    """A source in the store. piece_chars: its text files were cut into documents of this length."""
+    """A source in the store. settings: how it was read, with the length of cut documents."""
 
     name: str
     path: str
     size: SourceSize
-    piece_chars: int | None
+    settings: ReadSettings
 
 
 @dataclass(frozen=True)
@@ -64,9 +87,14 @@ class Starter:
 
 
 def named_sources(paths: list[str]) -> dict[str, str]:
-    """Return a source name for each path; equal names get a number."""
+    """Return a source name for each path; equal names get a number.
+
+    An existing path precedes the known source of that name: it becomes ./path.
+    """
     named: dict[str, str] = {}
     for path in paths:
+        if re.fullmatch(r"[\w-]+", path) and Path(path).exists():
+            path = f"./{path}"
         first = source_name(path) or "text"
         name, number = first, 2
         while name in named:
@@ -75,40 +103,47 @@ def named_sources(paths: list[str]) -> dict[str, str]:
     return named
 
 
-def read_sources(
-    store: Path,
-    paths: dict[str, str],
-    max_tokens: float,
-    text_column: str | None = None,
-    split: str | None = None,
-) -> tuple[Source, ...]:
+def read_sources(store: Path, paths: dict[str, str], settings: ReadSettings) -> tuple[Source, ...]:
     """Read each source into the store, up to about max_tokens tokens, and print its size.
 
-    Text files of a source are cut into pieces if they are too few to hold some out.
+    Text files of a source are cut into pieces if one is too long for a document, or if they are too
+    few to hold some out.
     """
 
     def read(name: str, chars: int | None) -> tuple[Reader, SourceSize]:
-        columns = text_column, None
-        _, reader = open_reader(paths[name], store, name, None, *columns, split, chars)
-        ingest(reader, store, name, max_tokens)
+        columns = settings.text_column, settings.id_column
+        _, reader = open_reader(paths[name], store, name, None, *columns, settings.split, chars)
+        ingest(reader, store, name, settings.max_tokens, max_bad=settings.max_bad)
         return reader, starter.source_size(starter.source_texts(store, name))
+
+    def read_in_pieces(name: str, why: str, chars: int) -> tuple[Reader, SourceSize]:
+        print(
+            f"{name}: {why}; cutting .txt and .md files at empty lines into documents of about "
+            f"{chars:,} bytes",
+            flush=True,
+        )
+        return read(name, chars)
 
     sources = []
     for name, path in paths.items():
-        chars = None
-        reader, size = read(name, None)
-        if starter.choose_fraction([size]) is None and _has_text_files(reader):
-            chars = starter.piece_chars(size.size)
-            print(
-                f"{name}: too few documents to hold some out ({size.documents:,}); cutting .txt "
-                f"and .md files at empty lines into documents of about {chars:,} bytes",
-                flush=True,
-            )
+        chars = settings.document_chars
+        try:
             reader, size = read(name, chars)
+        except LongDocumentError as error:
+            chars, why = starter.PIECE_CHARS[1], str(error).partition(";")[0]
+            reader, size = read_in_pieces(name, why, chars)
+        few = starter.choose_fraction([size]) is None and _has_text_files(reader)
+        if few and settings.document_chars is None:
+            chars = starter.piece_chars(size.size)
+            why = f"too few documents to hold some out ({size.documents:,})"
+            reader, size = read_in_pieces(name, why, chars)
         print(f"{name:>16} {size.documents:>10,} documents {size.size / 1e6:>10,.2f} MB")
-        if size.size >= max_tokens * reader.bytes_per_token:
-            print(f"{name}: the limit of --max_tokens {max_tokens:g} is reached; more is not read")
-        sources.append(Source(name, path, size, chars))
+        if size.size >= settings.max_tokens * reader.bytes_per_token:
+            print(
+                f"{name}: the limit of --max_tokens {settings.max_tokens:g} is reached; more is "
+                "not read"
+            )
+        sources.append(Source(name, path, size, replace(settings, document_chars=chars)))
     return tuple(sources)
 
 
@@ -178,14 +213,12 @@ def recipe_text(choice: Starter, about: str) -> str:
     lines = [f"# python -m scripts.prepare_data --config configs/data/{name}.yaml"]
     lines += [f"# {about}", "# After a change of the text, run this and then the command above:"]
     for source in choice.sources:
-        cut = f" --document_chars {source.piece_chars}" if source.piece_chars else ""
-        lines.append(
-            f"# python -m scripts.download_data --dataset {source.path} --name {source.name}"
-            f"{cut} --output_dir {choice.store}"
-        )
+        words = ["--dataset", source.path, "--name", source.name, *source.settings.flags()]
+        words += ["--output_dir", choice.store.as_posix()]
+        lines.append(f"# python -m scripts.download_data {shlex.join(words)}")
     lines.append(f"store: {choice.store.as_posix()}")
     lines += _comment(f"The smallest share that holds out enough: {held_out}.")
-    if any(source.piece_chars for source in choice.sources):
+    if any(source.settings.document_chars for source in choice.sources):
         lines += _comment(f"Long files are cut into documents; {PIECE_NOTE}.")
     lines.append(f"val_fraction: {choice.val_fraction:g}")
     vocabulary = choice.vocabulary
@@ -235,8 +268,8 @@ def config_text(choice: Starter, about: str) -> str:
     every = max(10, steps // 4)
     lines = [f"# python train.py --config configs/{name}.yaml", f"# {about}"]
     lines += _comment(
-        "The quickstart's model of a few million parameters. For a larger one, change `model` and "
-        "`data`, or take those of a plan by scripts.new_plan."
+        "The quickstart's model of a few million parameters. docs/own_data.md has smaller and "
+        "larger ones."
     )
     lines += ["extends: quickstart/base.yaml", f"run: {_key(name)}"]
     lines += _comment(

@@ -155,7 +155,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no tokenizer.json; train one with python -m scripts.train_tokenizer"
+            f"{folder} has no tokenizer.json; for a model folder, copy the model's there; for a "
+            "data store, run scripts.prepare_data with tokenizer.folder=FOLDER or --train_tokenizer"
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))

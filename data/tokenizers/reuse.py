@@ -6,7 +6,18 @@ from pathlib import Path
 from data import manifest
 from data.tokenizers.bpe import config_ids, document_tokens, listed_ids, load_tokenizer
 from data.tokenizers.folder import copy_files, tokenizer_files
-from files import write_json
+from files import step_number, write_json
+
+
+def resolve_folder(path: str) -> Path:
+    """Resolve tokenizer.folder: a phase folder becomes its newest step_N folder."""
+    folder = Path(path)
+    steps = {
+        number: step
+        for step in folder.glob("step_*")
+        if (number := step_number(step)) is not None and (step / "tokenizer.json").is_file()
+    }
+    return folder if (folder / "tokenizer.json").is_file() or not steps else steps[max(steps)]
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
@@ -18,8 +29,8 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     if not (source / "tokenizer.json").is_file():
         raise ValueError(
             f"tokenizer.folder={source} has no tokenizer.json; give a model folder in Hugging Face "
-            "format, or write the file with transformers: AutoTokenizer.from_pretrained(FOLDER)"
-            ".save_pretrained(FOLDER)"
+            "format (hf download OWNER/NAME --local-dir FOLDER fetches one), or write the file "
+            "with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     paths = tokenizer_files(source)
     inputs = {"folder": {str(p.relative_to(source)): manifest.file_hash(p) for p in paths}}

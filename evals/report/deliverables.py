@@ -18,6 +18,7 @@ from data.manifest import file_hash
 from evals.engines import folder_hash
 from evals.report.trained import settings
 from files import read_lines, read_object, write_json, write_text
+from models.hf import check_model_folder
 from training.checkpoint_files import step_folders
 from training.planning.plan import Plan, load_plan, scheduled_phases
 
@@ -108,10 +109,7 @@ def open_plan(path: Path, checkpoint: Path | None, folder: Path | None) -> PlanO
                 f"{path} has no checkpoint yet; run python -m scripts.pipeline --plan {path}"
             )
         checkpoint = step_folders(trained[-1])[-1]
-    if not (checkpoint / "config.json").is_file():
-        raise ValueError(
-            f"{checkpoint} is not a checkpoint: it has no config.json; give a step_N folder"
-        )
+    check_model_folder(checkpoint)
     outputs = PlanOutputs(
         plan,
         path,

@@ -3,6 +3,7 @@
 All cards are Ampere or newer: they multiply bf16 natively.
 """
 
+import re
 from typing import Any, NamedTuple
 
 from training.meter import PEAK_FLOPS
@@ -92,6 +93,34 @@ GPUS = {
         "FLOPs x 2.37 GHz as in the Ada whitepaper (at 115 W); PCIe 4.0 x8",
     ),
 }
+# Other cards whose names are one character from those in GPUS: their names are not typing errors.
+OTHERS = ("gb200", "h20", "l40", "rtx4090d", "rtx5090d")
+
+
+def check_gpu(name: str, more: str = "") -> None:
+    """ValueError for a GPU that is not in GPUS. more: text after the names of GPUS."""
+    if name not in GPUS:
+        close = [f"did you mean {gpu}? " for gpu in GPUS if _is_slip(name, gpu)]
+        raise ValueError(
+            f"unknown --gpu {name}; {close[0] if close else ''}available: {', '.join(GPUS)}{more}. "
+            "For another card, give one of these that has no more memory and is no faster"
+        )
+
+
+def _is_slip(typed: str, gpu: str) -> bool:
+    """Whether `typed` lacks rtx, or has one character too many, one too few or two swapped.
+
+    Another character in place of one is another card: V100, RTX 4080.
+    """
+    word, known = (re.sub(r"[^a-z0-9]|nvidia|geforce", "", text.lower()) for text in (typed, gpu))
+    if word in OTHERS:
+        return False
+    shorter, longer = sorted((word, known), key=len)
+    if len(shorter) == len(longer):
+        swaps = [word[:i] + word[i : i + 2][::-1] + word[i + 2 :] for i in range(len(word))]
+        return known in (word, *swaps)
+    dropped = [longer[:i] + longer[i + 1 :] for i in range(len(longer))]
+    return shorter in dropped or known.removeprefix("rtx") == word
 
 
 class Published(NamedTuple):

@@ -17,7 +17,7 @@ from models.kinds import parameters_text
 from training.checkpoint import CheckpointConfig
 from training.config import RunConfig
 from training.meter import flops_per_token
-from training.planning.cards import GPUS, Gpu
+from training.planning.cards import GPUS, Gpu, check_gpu
 from training.planning.eval_cost import EvaluationTokens, forecast_evaluations
 from training.planning.memory import (
     TIGHT,
@@ -105,8 +105,7 @@ def forecast(
     on the result to test whether the plan fits.
     """
     gpus = plan.ranks if gpus is None else gpus
-    if gpu not in GPUS:
-        raise ValueError(f"unknown --gpu {gpu}; available: {', '.join(GPUS)}")
+    check_gpu(gpu)
     if gpus < 1:
         raise ValueError(f"--gpus {gpus} must be at least 1")
     if mfu is not None and not 0 < mfu <= 1:

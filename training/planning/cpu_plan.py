@@ -50,6 +50,14 @@ CODE_MIXES = {
     "long_context": {"code": 0.7, "factbook": 0.3},
     "gold": {"code": 0.6, "maths": 0.2, "stem": 0.2},
 }
+# The commands of the quickstart's plan, in the order of its `seconds`.
+COMMANDS = (
+    *("corpus", "tokenizer", "shards", "conversations", "base", "long_context", "gold"),
+    *("suite", "chat", "sft", "suite after sft", "chat after sft", "pairs after sft"),
+    *("dpo", "suite after dpo", "chat after dpo", "pairs after dpo"),
+    *("gguf", "llama.cpp", "curve", "report"),
+)
+FOR_CHAT = ("conversations", "chat", "sft", "dpo", "llama.cpp")  # and what comes after a stage
 EASIER = -0.08  # exponent of a gate's bits per byte in the scale: our judgement
 CODE_GATE = {"metric": "code.bits_per_byte", "go": 3.0, "no_go": 3.4}
 
@@ -235,7 +243,18 @@ def _plan(choice: CpuChoice, name: str, total: int) -> dict[str, Any]:
         del plan["stages"]
         plan["before"] = _without(plan["before"], "scripts.generate_chat_data")
         plan["after"] = _without(plan["after"], "scripts.chat")
+    plan["seconds"] = _command_seconds(choice, plan["seconds"])
     return plan
+
+
+def _command_seconds(choice: CpuChoice, quickstart: list[float]) -> list[float]:
+    """Forecast of each command: training's from the choice, the others' as in the quickstart."""
+    named = dict(zip(COMMANDS, quickstart, strict=True))
+    if choice.goal != "chat":
+        named = {n: s for n, s in named.items() if n not in FOR_CHAT and " after " not in n}
+    end = sum(named[name] for name in ("gguf", "curve", "report"))
+    pace = choice.seconds["export and report"] / end
+    return [round(choice.seconds.get(name, pace * s), 1) for name, s in named.items()]
 
 
 def _without(commands: dict[str, str], word: str) -> dict[str, str]:

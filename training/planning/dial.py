@@ -4,7 +4,6 @@
 sources are in docs/new_plan.md.
 """
 
-import difflib
 import math
 from bisect import bisect_left
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from models.nanollama import ModelConfig
-from training.planning.cards import GPUS
+from training.planning.cards import check_gpu
 from training.planning.cost import MAX_EPOCHS, forecast_loss
 from training.planning.dial_data import (
     GOALS,
@@ -192,12 +191,7 @@ def _few_tokens_note(request: Request, fitted: Fit, tokens: float, data_end: boo
 
 def check_request(request: Request) -> None:
     """ValueError for an unknown GPU or goal, or numbers out of range."""
-    if request.gpu not in GPUS:
-        close = difflib.get_close_matches(request.gpu.lower(), GPUS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(
-            f"unknown --gpu {request.gpu}; {hint}available: {', '.join(GPUS)}, and cpu"
-        )
+    check_gpu(request.gpu, ", and cpu")
     if request.goal not in GOALS:
         raise ValueError(f"unknown --goal {request.goal}; available: {', '.join(GOALS)}")
     if not 1 <= request.gpus <= 8:

@@ -19,6 +19,7 @@ from training.planning.dial_fit import PAIRS_PER_GPU, phase_seconds
 from training.planning.dial_gates import milestone_gates, runs_humaneval, stage_gates
 from training.planning.roofline import efficiency
 from training.settings import ROOT, read_yaml
+from yaml_file import SUFFIXES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also part of shell commands and paths
 Files = dict[str, dict[str, Any]]  # file name -> content
@@ -81,7 +82,8 @@ def check_name(name: str) -> None:
             f"--name {name!r} must have letters, digits, '.', '_' and '-' only, such as weekend"
         )
     check_new(Path("configs") / name)
-    configs = {path for root in (Path(), ROOT) for path in (root / "configs").rglob("*.yaml")}
+    folders = [root / "configs" for root in (Path(), ROOT)]
+    configs = {file for folder in folders for end in SUFFIXES for file in folder.rglob(f"*{end}")}
     for path in sorted(configs, key=lambda path: (len(path.parts), path)):
         shown = path.relative_to(ROOT) if path.is_absolute() else path
         is_beside = name == Path(shown.parts[1]).stem  # configs/<name>/ or configs/<name>.yaml

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.checkpoint_files import step_folders
 from training.settings import read_yaml
+from yaml_file import SUFFIXES
 
 if TYPE_CHECKING:
     from training.planning.plan import PlanStage, ScheduledPhase
@@ -19,9 +20,7 @@ AVERAGE = "scripts.average_checkpoints"
 def stage_settings(stage: "PlanStage") -> dict[str, dict[str, Any]]:
     """Return the content of the configs that a stage's commands name."""
     words = {word for command in stage.commands.values() for word in shlex.split(command)}
-    return {
-        word: read_yaml(Path(word)) for word in sorted(words) if word.endswith((".yaml", ".yml"))
-    }
+    return {word: read_yaml(Path(word)) for word in sorted(words) if word.endswith(SUFFIXES)}
 
 
 def check_average_is_there(stage: "PlanStage", missed: Mapping[Path, str]) -> None:
