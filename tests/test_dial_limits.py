@@ -220,7 +220,7 @@ def test_a_checkpoint_comes_every_15_to_30_minutes(request_):
         assert content["validation"]["every"] % every == 0, name
 
 
-@pytest.mark.parametrize("minutes", [4, 5, 30, 90])
+@pytest.mark.parametrize("minutes", [5, 7, 30, 90])
 def test_plans_for_the_cpu_have_a_few_checkpoints(minutes):
     probe = Probe(7_000, 2048 / 7_000, 60, 0.15, 4e11, 2e10, 2)
     choice = choose_cpu(minutes, "chat", probe, prepared=False)

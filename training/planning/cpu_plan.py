@@ -1,7 +1,8 @@
 """A plan for this machine without a GPU: the quickstart, made as long as the minutes allow.
 
-The seconds of its stages are those of an idle machine in docs/performance.md, with the tokens per
-second of a training step there. On another machine both change by the same factor, about.
+The seconds of its stages are those of a quickstart of 2026-11-30 (docs/quickstart.md), scaled to
+the tokens per second of a training step in docs/performance.md. On another machine both change by
+the same factor, about.
 """
 
 import math
@@ -23,8 +24,8 @@ FOLDERS = re.compile(r"\b(configs|checkpoints|logs|results)/quickstart\b(?!/suit
 REFERENCE = 7_039.0  # tokens per second of training steps on the machine of the seconds below
 
 # Seconds of the quickstart's stages on that machine, and of a command's start and validation.
-DATA_SECONDS = 29.0  # corpus, tokenizer, shards, conversations; 0 if the store exists
-START_SECONDS = 7.0  # of a training command
+DATA_SECONDS = 35.0  # corpus, tokenizer, shards, conversations; 0 if the store exists
+START_SECONDS = 10.0  # of a training command
 STAGE_SECONDS = {
     "chat": {"scores after gold": 15.0, "scores after SFT": 18.0, "scores after DPO": 19.0},
     "base": {"scores after gold": 9.0},
@@ -32,7 +33,7 @@ STAGE_SECONDS = {
 }
 END_SECONDS = 8.0  # GGUF files, chat, loss curve, report
 # Cost of a token relative to one of the base phase: rows of 1,024, SFT, and a DPO pair.
-LONG_TOKEN, SFT_TOKEN, DPO_PAIR = 1.15, 1.15, 425.0
+LONG_TOKEN, SFT_TOKEN, DPO_PAIR = 1.44, 1.78, 468.0
 
 LEAST_SCALE = 0.25  # of the quickstart's steps; fewer do not learn anything visible
 MAX_DATA_EPOCHS = 16  # repeated tokens lose all value by then, about (arXiv:2305.16264)
