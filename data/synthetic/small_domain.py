@@ -36,7 +36,7 @@ COUNTRIES = 30
 TURNS = 6  # maximum questions of a conversation
 # Weights of country_question, sum_question, elsewhere, identity. Copying numbers into a call is the
 # hardest to learn (docs/log.md).
-WEIGHTS = (3, 5, 1, 1)
+WEIGHTS = (4, 4, 1, 1)
 CALCULATOR = [tool for tool in TOOLS if tool["function"]["name"] == "calculator"]
 # The expression is last: a small model learns to copy over a fixed distance first.
 SUMS = (
