@@ -104,7 +104,7 @@ def outside_popen(handler: Callable[[int, FrameType | None], None]) -> Callable[
     torchrun's handler raises. Raised between the line of subprocess.py that takes the lock and its
     try block, the exception leaves the lock taken: no poll() sees the process end any more, and
     torchrun waits 600 s for ranks that have ended. A signal that comes then is handled 10 ms later,
-    by SIGALRM. The same holds while a Popen starts its process.
+    by SIGALRM.
     """
     waiting: list[int] = []
 
@@ -123,11 +123,11 @@ def outside_popen(handler: Callable[[int, FrameType | None], None]) -> Callable[
 
 
 def _in_popen(frame: FrameType | None) -> bool:
-    """Return True if the frame or a caller starts a Popen's process or holds a Popen's lock."""
+    """Return True if the frame or a caller is a method of a Popen whose lock is taken."""
     while frame:
         if frame.f_code.co_filename == subprocess.__file__:
             lock = getattr(frame.f_locals.get("self"), "_waitpid_lock", None)
-            if frame.f_code.co_name == "__init__" or (lock and lock.locked()):
+            if lock and lock.locked():
                 return True
         frame = frame.f_back
     return False

@@ -522,4 +522,4 @@ def test_mistakes_get_a_sentence(done, tmp_path):
             time.monotonic() - began < 30 and (store / "work" / "clean-of-a-running-job").is_dir()
         )
     (store / "tokenizer" / "tokenizer.json").unlink()
-    assert "train one with python -m scripts.train_tokenizer" in said()
+    assert "for a new model, give --train_tokenizer" in said()
