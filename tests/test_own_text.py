@@ -427,7 +427,7 @@ def test_a_missing_column_lists_the_keys_of_the_first_row(form, explicit, tmp_pa
         ("in/a.pdf", b"%PDF", r"\(only a.pdf\); convert documents to .txt"),
         (
             "a.json.gz",
-            gzip.compress(b"A plain text.\nMore."),
+            gzip.compress(b"A plain text.\nMore.", mtime=0),
             "rename a file of plain text to .txt",
         ),
         ("a.jsonl", b"A plain text.\nMore.\n", "rename a file of plain text"),
