@@ -60,6 +60,22 @@ def step_number(folder: Path) -> int | None:
     return int(digits) if prefix == "step" and digits.isdecimal() else None
 
 
+def step_folders(folder: Path) -> list[Path]:
+    """Return the step_N folders in `folder`, in order of N."""
+    numbers = {path: step_number(path) for path in folder.glob("step_*") if path.is_dir()}
+    return sorted(
+        (path for path, number in numbers.items() if number is not None),
+        key=lambda path: numbers[path] or 0,
+    )
+
+
+def newest_step(folder: Path, file: str) -> Path:
+    """Resolve a phase folder to its newest step_N folder with `file`; any other to itself."""
+    if (folder / file).is_file():
+        return folder
+    return next((s for s in reversed(step_folders(folder)) if (s / file).is_file()), folder)
+
+
 def checkpoint_advice(folder: Path) -> str:
     """Return the advice for a folder that is not a checkpoint: the folders below that hold one."""
     configs = [file for depth in (1, 2, 3) for file in folder.glob("*/" * depth + "config.json")]

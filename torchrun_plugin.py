@@ -111,12 +111,11 @@ def outside_popen(handler: Callable[[int, FrameType | None], None]) -> Callable[
     def handle(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGALRM:
             waiting.append(number)
-        ready = waiting[:1] if not _in_popen(frame) else []
-        del waiting[: len(ready)]
-        if waiting:
+        is_ready = bool(waiting) and not _in_popen(frame)
+        if len(waiting) > is_ready:
             signal.setitimer(signal.ITIMER_REAL, 0.01)
-        if ready:
-            handler(ready[0], frame)
+        if is_ready:
+            handler(waiting.pop(0), frame)
 
     signal.signal(signal.SIGALRM, handle)
     return handle

@@ -21,12 +21,11 @@ from benchmarks.faulty_train import Action, Fault, row_hashes
 from data.dataloader import PackedDataLoader
 from data.shards import ShardWriter
 from data.store import DUMMY, open_shards
-from files import read_lines
+from files import read_lines, step_folders
 from training.checkpoint_files import (
     find_damage,
     read_manifest,
     read_position,
-    step_folders,
     step_of,
 )
 from training.config import load

@@ -26,8 +26,8 @@ import yaml
 from benchmarks.fault_points import VARIABLE, Point, pids, write_hook
 from benchmarks.fault_runs import HELD_OUT, ROOT, Ended, Failed
 from data.manifest import file_hash
-from files import read_lines, read_object
-from training.checkpoint_files import find_damage, step_folders
+from files import read_lines, read_object, step_folders
+from training.checkpoint_files import find_damage
 
 PHASE_STEPS, STAGE_STEPS, MILESTONE = 12, {"midtrain": 6, "sft": 6, "dpo": 6}, 4
 LOGS = {"one": "logs/tiny", **{name: f"logs/tiny/{name}" for name in STAGE_STEPS}}

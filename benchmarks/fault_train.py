@@ -21,7 +21,8 @@ from benchmarks.fault_runs import (
 from benchmarks.faulty_train import Action
 from data.dataloader import PackedDataLoader
 from data.store import open_shards
-from training.checkpoint_files import step_folders, step_of
+from files import step_folders
+from training.checkpoint_files import step_of
 
 LOSS_TOLERANCE = 1e-5  # the rank count changes the order of summation
 

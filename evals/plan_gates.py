@@ -6,8 +6,8 @@ from typing import Any
 from evals.engines import folder_hash
 from evals.report.build import measured
 from evals.report.targets import judged_hash
-from files import read_object
-from training.checkpoint_files import model_hash, step_folders
+from files import read_object, step_folders
+from training.checkpoint_files import model_hash
 from training.planning.gates import Gate, Measured, Verdict, by_name, reference_of
 from training.planning.plan import (
     EvaluationPoint,

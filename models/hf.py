@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from files import checkpoint_advice, read_json, read_object, step_number
+from files import checkpoint_advice, newest_step, read_json, read_object
 from models import hf_experts
 from models.kinds import AnyConfig, AnyModel
 from models.nanollama import ModelConfig, NanoLlama
@@ -45,15 +45,7 @@ _FLOATS = ("rms_norm_eps", "initializer_range", "rope_theta")
 
 def resolve_checkpoint(path: str) -> Path:
     """Resolve a --checkpoint argument: a phase folder becomes its newest step_N model folder."""
-    folder = Path(path)
-    steps = {
-        number: step
-        for step in folder.glob("step_*")
-        if (number := step_number(step)) is not None and (step / "config.json").is_file()
-    }
-    if (folder / "config.json").is_file() or not steps:
-        return folder
-    return steps[max(steps)]
+    return newest_step(Path(path), "config.json")
 
 
 def check_model_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ prepare the data and train. It never overwrites a file. docs/own_data.md lists t
 
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from cli import CommandParser, int_at_least, user_errors, within
@@ -33,6 +34,7 @@ from training.planning.plan_files import NAME, check_name
 from training.settings import load_settings
 
 BASE = Path("configs/quickstart/base.yaml")
+READ = fields(ReadSettings)  # named as the flags
 MAX_TOKENS = 100e6  # of each source
 
 
@@ -77,10 +79,7 @@ def main() -> None:
         config, checkpoints = Path(f"configs/{args.name}.yaml"), Path("checkpoints") / args.name
         _check_new(args.name, store, recipe, config)
         step = load(BASE).data.tokens_per_step
-        settings = ReadSettings(
-            *(args.max_tokens, args.text_column, args.id_column, args.split),
-            *(args.document_chars, args.max_bad),
-        )
+        settings = ReadSettings(**{field.name: getattr(args, field.name) for field in READ})
         sources = read_sources(store, named_sources(args.text), settings)
         limit = int(60 * args.minutes * REFERENCE / step)
         starter = starter_recipe(store, sources, args.vocab_size, step, limit)

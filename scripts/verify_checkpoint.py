@@ -21,13 +21,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cli import CommandParser, user_errors
 from evals.report.trained import settings
+from files import step_folders
 from models.hf import load_hf
 from training.checkpoint_files import (
     find_damage,
     has_state,
     read_manifest,
     read_position,
-    step_folders,
 )
 from training.safe_pickle import SafeReader, load, read_index
 

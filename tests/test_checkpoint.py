@@ -20,11 +20,12 @@ from conftest import ROOT, read_metrics, train_here
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import train
+from files import step_folders
 from models.hf import load_hf
 from scripts import verify_checkpoint
 from training import checkpoint, setup
 from training.checkpoint import CheckpointConfig, Checkpointer, load_state
-from training.checkpoint_files import find_damage, has_state, step_folders
+from training.checkpoint_files import find_damage, has_state
 from training.config import load
 from training.ops import watchdog
 

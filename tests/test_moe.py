@@ -496,28 +496,24 @@ def always_normalized(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MoEConfig, "normalized", True)
 
 
-def counting_in_evaluation(patch: pytest.MonkeyPatch) -> None:
-    inner = MoE.forward
+def counting(in_training: bool) -> Callable[[pytest.MonkeyPatch], None]:
+    """Return a fault: the layer counts in a buffer at each forward pass, also when recomputed.
 
-    def forward(self: MoE, *inputs: Any) -> Any:
-        if not self.training and self.router.bias is not None:
-            self.router.bias.add_(inputs[0].numel())
-        return inner(self, *inputs)
+    in_training: False counts in evaluation only.
+    """
 
-    patch.setattr(MoE, "forward", forward)
+    def put_in(patch: pytest.MonkeyPatch) -> None:
+        inner = MoE.forward
 
+        def forward(self: MoE, *inputs: Any) -> Any:
+            out, stats = inner(self, *inputs)
+            if self.router.bias is not None and (in_training or not self.training):
+                self.router.bias.add_(inputs[0].numel())
+            return out, stats
 
-def counting_forward(patch: pytest.MonkeyPatch) -> None:
-    """The layer counts in a buffer at every forward pass: in evaluation and recomputation, too."""
-    inner = MoE.forward
+        patch.setattr(MoE, "forward", forward)
 
-    def forward(self: MoE, *inputs: Any) -> Any:
-        out, stats = inner(self, *inputs)
-        if self.router.bias is not None:
-            self.router.bias.add_(inputs[0].numel())
-        return out, stats
-
-    patch.setattr(MoE, "forward", forward)
+    return put_in
 
 
 FAULTS = [
@@ -593,8 +589,8 @@ FAULTS = [
         edit(moe.Experts, "forward", "counts.cumsum(0)", "counts[counts > 0].cumsum(0)"),
     ),
     (check_one_expert_teaches_the_router, "one expert divided by itself", always_normalized),
-    (check_evaluation_leaves_no_trace, "counts at every forward pass", counting_forward),
-    (check_evaluation_leaves_no_trace, "counts in evaluation", counting_in_evaluation),
+    (check_evaluation_leaves_no_trace, "counts at every forward pass", counting(True)),
+    (check_evaluation_leaves_no_trace, "counts in evaluation", counting(False)),
     (
         check_evaluation_leaves_no_trace,
         "noise in evaluation",

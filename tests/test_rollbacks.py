@@ -8,8 +8,9 @@ from conftest import ROOT, train_here
 from test_faults import equal, events, places, weights
 
 import train
+from files import step_folders
 from training.checkpoint import Checkpointer
-from training.checkpoint_files import read_manifest, read_position, step_folders
+from training.checkpoint_files import read_manifest, read_position
 from training.config import load
 from training.logger import Log
 from training.planning.plan import load_plan

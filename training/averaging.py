@@ -18,7 +18,14 @@ from torch import Tensor
 
 from data.manifest import file_hash
 from data.tokenizers.folder import copy_files
-from files import check_free_space, read_object, step_number, temporary, write_json
+from files import (
+    check_free_space,
+    read_object,
+    step_folders,
+    step_number,
+    temporary,
+    write_json,
+)
 from models.hf import check_model_folder, read_config, weight_files
 from training.checkpoint_files import (
     MANIFEST,
@@ -26,7 +33,6 @@ from training.checkpoint_files import (
     hash_files,
     model_hash,
     read_manifest,
-    step_folders,
     step_of,
 )
 

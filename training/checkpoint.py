@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from data.tokenizers.folder import copy_files
-from files import read_object, step_number, write_json
+from files import read_object, step_folders, step_number, write_json
 from models.hf import save_hf, stored_dtype
 from models.kinds import AnyConfig
 from ranges import PositiveInt, check_fields
@@ -37,7 +37,6 @@ from training.checkpoint_files import (
     hash_files,
     read_manifest,
     read_position,
-    step_folders,
     step_of,
 )
 from training.checkpoint_writer import Copies, SnapshotSavePlanner, SyncedFileWriter, local_shards

@@ -15,15 +15,6 @@ TRAINER = "state/trainer.json"
 HASHING_THREADS = min(8, cpus())
 
 
-def step_folders(folder: Path) -> list[Path]:
-    """Return the step_N folders in `folder`, in order of N."""
-    numbers = {path: step_number(path) for path in folder.glob("step_*") if path.is_dir()}
-    return sorted(
-        (path for path, number in numbers.items() if number is not None),
-        key=lambda path: numbers[path] or 0,
-    )
-
-
 def step_of(folder: Path) -> int:
     """Return N of a folder step_N."""
     number = step_number(folder)

@@ -15,8 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from files import read_object, write_json
-from training.checkpoint_files import step_folders
+from files import read_object, step_folders, write_json
 from training.config import RunConfig
 
 IDENTITY, LOCK = "run.json", "run.lock"

@@ -292,7 +292,7 @@ def _make_dataclass(kind: Any, value: Any, name: str) -> Any:
 
 
 def _nearest(path: Path) -> str:
-    files = [file for folder in (path, ROOT / path) for file in folder.parent.glob("*.y*ml")]
+    files = [file for place in (path, ROOT / path) for file in place.parent.glob("*")]
     names = [file.name for file in files if file.suffix in SUFFIXES]
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""

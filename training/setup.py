@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from files import write_json, write_text
+from files import step_folders, write_json, write_text
 from machine import COMPLETE, default_device, device_name
 from models.attention import choose_kernel
 from models.hf import download_advice, load_weights, read_config
 from models.kinds import build_model, parameters_text
 from torchrun_plugin import LAUNCHER
 from training.checkpoint import Checkpointer, load_state
-from training.checkpoint_files import find_damage, has_state, model_hash, read_phase, step_folders
+from training.checkpoint_files import find_damage, has_state, model_hash, read_phase
 from training.config import RunConfig, to_dict
 from training.distributed import run_on_rank0
 from training.faults import FaultState

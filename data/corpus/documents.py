@@ -45,8 +45,6 @@ ENCODING = "files that are neither UTF-8 nor UTF-16 with a byte-order mark; icon
 BINARY = "files with binary content"
 UNREADABLE_FILE, UNREADABLE_ROWS = "unreadable file", "unreadable rows"
 NO_TEXT_COLUMN = "tables without an evident column of text; --text_column names one"
-
-
 MAX_KEYS = 200  # characters of a row's keys in a message
 
 

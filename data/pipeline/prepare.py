@@ -55,8 +55,8 @@ from data.tokenizers.bpe import (
     vocabulary_size,
 )
 from data.tokenizers.public import load_public
-from data.tokenizers.reuse import copy_tokenizer, ensure_tokenizer, resolve_folder
-from files import write_text
+from data.tokenizers.reuse import copy_tokenizer, ensure_tokenizer
+from files import newest_step, write_text
 
 SAMPLED_PARTS = 32  # evenly spaced parts of a source that the tokenizer trains on
 VERSION = 1  # version of the steps; increment when the same documents give different shards
@@ -79,7 +79,7 @@ def train_store_tokenizer(recipe: Recipe) -> bool:
     store, config = Path(recipe.store), recipe.tokenizer
     target, scratch = store / "tokenizer", store / "tokenizer.tmp"
     if config.folder:
-        return copy_tokenizer(resolve_folder(config.folder), target)
+        return copy_tokenizer(newest_step(Path(config.folder), "tokenizer.json"), target)
     parts = document_parts(recipe)
     order = list(recipe.sources)
     inputs = {
@@ -118,7 +118,8 @@ def prepare(recipe: Recipe) -> str:
     """Run the recipe's unfinished stages: "done", "already there" or, with Slurm, "submitted"."""
     store = Path(recipe.store).resolve()
     if recipe.tokenizer.folder:
-        ensure_tokenizer(resolve_folder(recipe.tokenizer.folder), store / "tokenizer")
+        source = newest_step(Path(recipe.tokenizer.folder), "tokenizer.json")
+        ensure_tokenizer(source, store / "tokenizer")
     elif not (store / "tokenizer" / "tokenizer.json").is_file():
         raise ValueError(
             f"{store / 'tokenizer'} has no tokenizer.json; to continue a model, set "

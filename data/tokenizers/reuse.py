@@ -6,18 +6,7 @@ from pathlib import Path
 from data import manifest
 from data.tokenizers.bpe import config_ids, document_tokens, listed_ids, load_tokenizer
 from data.tokenizers.folder import copy_files, tokenizer_files
-from files import step_number, write_json
-
-
-def resolve_folder(path: str) -> Path:
-    """Resolve tokenizer.folder: a phase folder becomes its newest step_N folder."""
-    folder = Path(path)
-    steps = {
-        number: step
-        for step in folder.glob("step_*")
-        if (number := step_number(step)) is not None and (step / "tokenizer.json").is_file()
-    }
-    return folder if (folder / "tokenizer.json").is_file() or not steps else steps[max(steps)]
+from files import write_json
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:

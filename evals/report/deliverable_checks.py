@@ -14,9 +14,9 @@ from evals.report.targets import LABELS, find
 from evals.report.trained import settings, training
 from export.gguf_plan import read_config
 from export.targets import model_name, target_files
-from files import read_object
+from files import read_object, step_folders
 from inference.gguf_tokenizer import read_vocabulary
-from training.checkpoint_files import model_hash, step_folders, step_of
+from training.checkpoint_files import model_hash, step_of
 
 
 def report(outputs: PlanOutputs) -> Iterator[Deliverable]:

@@ -17,9 +17,8 @@ from cli import flag_value
 from data.manifest import file_hash
 from evals.engines import folder_hash
 from evals.report.trained import settings
-from files import read_lines, read_object, write_json, write_text
+from files import read_lines, read_object, step_folders, write_json, write_text
 from models.hf import check_model_folder
-from training.checkpoint_files import step_folders
 from training.planning.plan import Plan, load_plan, scheduled_phases
 
 SKIPPED = "by --skip"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cli import ROOT
-from files import read_object, write_json
+from files import read_object, step_folders, write_json
 from machine import cpus
 from training import setup
 from training.averaging import difference, last_checkpoints, recorded_last
-from training.checkpoint_files import find_damage, model_hash, step_folders, step_of
+from training.checkpoint_files import find_damage, model_hash, step_of
 from training.logger import append_event, open_alerts
 from training.ops.supervisor import Supervisor
 from training.planning.extensions import record_extensions

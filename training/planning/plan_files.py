@@ -82,8 +82,8 @@ def check_name(name: str) -> None:
             f"--name {name!r} must have letters, digits, '.', '_' and '-' only, such as weekend"
         )
     check_new(Path("configs") / name)
-    folders = [root / "configs" for root in (Path(), ROOT)]
-    configs = {file for folder in folders for end in SUFFIXES for file in folder.rglob(f"*{end}")}
+    files = {file for root in (Path(), ROOT) for file in (root / "configs").rglob("*")}
+    configs = [file for file in files if file.suffix in SUFFIXES]
     for path in sorted(configs, key=lambda path: (len(path.parts), path)):
         shown = path.relative_to(ROOT) if path.is_absolute() else path
         is_beside = name == Path(shown.parts[1]).stem  # configs/<name>/ or configs/<name>.yaml

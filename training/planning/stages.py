@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.checkpoint_files import step_folders
+from files import step_folders
 from training.settings import read_yaml
 from yaml_file import SUFFIXES
 
