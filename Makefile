@@ -1,7 +1,7 @@
 # make setup        install all packages (requirements.txt); other targets install their own
 # make quickstart   train, evaluate and chat with a small model on this machine; MINUTES=30 writes
 #                   and runs a plan of that length (docs/new_plan.md)
-# make test         run the tests
+# make test         run the tests, three processes on two cores: tests also wait for processes
 # make fuzz         fuzz configs, data, checkpoints, GGUF files and templates (FUZZ_INPUTS=50000)
 # make demo         chat with the newest run's model under checkpoints/ in a browser
 # make check        run the linter and the type checker
@@ -27,7 +27,7 @@ endif
 test:
 	@scripts/setup.sh requirements.txt requirements-dev.txt requirements-cluster.txt \
 		requirements-parity.txt requirements-demo.txt
-	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 fuzz:
 	@scripts/setup.sh requirements.txt requirements-dev.txt requirements-parity.txt

@@ -4,6 +4,7 @@ import copy
 import gc
 import getpass
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -63,6 +64,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     folder.mkdir()
     os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = None
+    # multiprocessing would delete its folder again at exit, with a traceback.
+    multiprocessing.current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
