@@ -30,6 +30,7 @@ PLANS = sorted(
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE_BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"`((?:python|torchrun) [^`]+)`")
+OUTPUT = re.compile(r"--output(?:_dir)? (\S+)")
 SETTING = re.compile(r"`([a-z_.]+): ([^`]+)`")
 
 
@@ -153,10 +154,10 @@ def test_commands_of_plans_are_valid(path, monkeypatch, capsys):
             parse(wrong, monkeypatch)
 
 
-PLANS = ("configs/plan_1b.yaml", "configs/plan_1b_plus.yaml")
+LARGE_PLANS = ("configs/plan_1b.yaml", "configs/plan_1b_plus.yaml")
 
 
-@pytest.mark.parametrize("path", PLANS)
+@pytest.mark.parametrize("path", LARGE_PLANS)
 def test_settings_in_advice_are_those_of_the_config(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     changed = 0
@@ -179,7 +180,7 @@ def test_settings_in_advice_are_those_of_the_config(path, monkeypatch):
 
 def test_the_plus_plan_writes_into_folders_of_its_own(monkeypatch):
     monkeypatch.chdir(ROOT)
-    given, plus = (load_plan(path) for path in PLANS)
+    given, plus = (load_plan(path) for path in LARGE_PLANS)
     assert not {stage.output_dir for stage in given.stages} & {s.output_dir for s in plus.stages}
     runs = [{load(phase.config).run for phase in plan.phases} for plan in (given, plus)]
     assert runs == [{"nanollama_1b"}, {"nanollama_1b_plus"}]
@@ -189,7 +190,17 @@ def test_the_plus_plan_writes_into_folders_of_its_own(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("path", PLANS)
+def test_no_two_plans_write_the_same_output(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    outputs = [
+        {path for command in load_plan(plan).after.values() for path in OUTPUT.findall(command)}
+        - {"{output}"}
+        for plan in PLANS
+    ]
+    assert len(set().union(*outputs)) == sum(map(len, outputs)) > 5
+
+
+@pytest.mark.parametrize("path", LARGE_PLANS)
 def test_every_gate_after_pretraining_says_what_to_do(path):
     plan = load_plan(ROOT / path)
     metrics = {stage.name: [gate.metric for gate in stage.gates] for stage in plan.stages}
