@@ -23,6 +23,8 @@ from ranges import NonNegativeFloat, NonNegativeInt, at_least, check_fields, one
 
 Size = Annotated[int, at_least(1, below=2**31)]
 KINDS = ("dense", "moe")  # feed-forward networks
+# Rows of an expert, rounded up for oneDNN, which compiles a product for each new number of rows.
+ALIGNED = 64
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,10 @@ class Experts(nn.Module):
 
         Returns the output and the number of rows computed, int64.
         """
+        computed, slots = counts.sum(), None
+        if needs_aligned_groups(x, counts):
+            slots, counts = aligned_slots(counts, len(x))
+            x = x.new_zeros(len(x) + ALIGNED * len(counts), x.shape[1]).index_copy(0, slots, x)
         offsets = counts.cumsum(0).to(torch.int32)
         gate_proj, up_proj, down_proj = self.weights()
         up = grouped_linear(x, up_proj, offsets)
@@ -218,7 +224,25 @@ class Experts(nn.Module):
             hidden = F.silu(grouped_linear(x, gate_proj, offsets)) * up
         else:
             hidden = activate(up, self.activation)
-        return grouped_linear(hidden, down_proj, offsets), counts.sum()
+        out = grouped_linear(hidden, down_proj, offsets)
+        return out if slots is None else out.index_select(0, slots), computed
+
+
+def needs_aligned_groups(x: Tensor, counts: Tensor) -> bool:
+    """Return True if oneDNN compiles the products of groups of x for their numbers of rows."""
+    is_large = len(x) > ALIGNED * len(counts)  # else padding costs more
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and is_large
+
+
+def aligned_slots(counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Give each group a multiple of ALIGNED rows: return the rows' new places [rows], new counts.
+
+    counts [E]: rows of each group; their sum is `rows`.
+    """
+    aligned = (counts + ALIGNED - 1) // ALIGNED * ALIGNED
+    shifts = (aligned - counts).cumsum(0) - (aligned - counts)
+    places = torch.arange(rows, device=counts.device)
+    return places + shifts[torch.bucketize(places, counts.cumsum(0), right=True)], aligned
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -240,7 +264,8 @@ def unaligned(model: nn.Module) -> str:
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Multiply groups of rows of x [rows, inputs] with the matrices of weight [E, out, inputs].
 
-    offsets [E] int32: end of each group of rows. Groups may be empty.
+    offsets [E] int32: end of each group of rows. Groups may be empty. The loops return zeros for
+    rows after the last group.
     """
     weight = weight.to(x.dtype)
     aligned = weight.shape[1] % 8 == weight.shape[2] % 8 == 0  # to the kernel's 16 bytes
@@ -252,7 +277,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 # Custom operators hide the loops from torch.compile: new group sizes cause no recompilation.
 @torch.library.custom_op("nanollama::grouped_linear", mutates_args=())
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    out = x.new_empty(len(x), weight.shape[1])
+    out = x.new_zeros(len(x), weight.shape[1])
     for matrix, begin, end in _groups(weight, offsets):
         torch.mm(x[begin:end], matrix.T, out=out[begin:end])
     return out
@@ -262,7 +287,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 def _grouped_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    grad_x, grad_weight = torch.zeros_like(x), torch.empty_like(weight)
     for (matrix, begin, end), grad_matrix in zip(
         _groups(weight, offsets), grad_weight, strict=True
     ):

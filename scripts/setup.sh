@@ -26,8 +26,8 @@ count_of() {  # prints the number of packages that a requirements file pins
     grep -c '^[A-Za-z][^#]*==' "$1"
 }
 
-install() {
-    .venv/bin/python -m pip install -qq --disable-pip-version-check "$@"
+install() {  # Python compiles a module when it is first imported; pip would compile all of them
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile "$@"
 }
 
 has_nvidia_driver() {

@@ -179,6 +179,31 @@ def test_the_loop_of_products_is_grouped_mm_bit_for_bit(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("counts", [(500, 0, 1, 64, 459), (0, 0, 1024, 0, 0), (205,) * 4 + (204,)])
+def test_a_cpu_pads_groups_in_bf16_to_few_sizes_and_changes_nothing(counts, monkeypatch):
+    layer = make_layer().bfloat16().experts
+    sizes, mm = set(), torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, out: (sizes.update(a.shape), mm(a, b, out=out))[1]
+    )
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        x = random(sum(counts), WIDTH).bfloat16().requires_grad_()
+        out, computed = layer(x, torch.tensor(counts))
+        assert computed == sum(counts)
+        grad = random(*out.shape, seed=1).bfloat16()
+        return out, list(torch.autograd.grad(out, (x, *layer.parameters()), grad))
+
+    padded, padded_grads = run()
+    assert all(size % moe.ALIGNED == 0 or size in (WIDTH, SIZE) for size in sizes)
+    monkeypatch.setattr(moe, "needs_aligned_groups", lambda x, counts: False)
+    exact, grads = run()
+    assert torch.equal(padded, exact) and torch.equal(padded_grads[0], grads[0])
+    # The sum over rows may be added in another order: one rounding of bf16.
+    for grad, expected in zip(padded_grads[1:], grads[1:], strict=True):
+        assert (grad - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
 def test_noise_is_standard_normal_and_belongs_to_the_row():
     tokens = random_batch(64, 32).tokens
     keys = token_keys(tokens)

@@ -124,7 +124,7 @@ def choose(request: Request) -> Choice:
         )
     if tokens == available < affordable:
         notes.append(
-            f"the plan ends at {available / 1e9:.0f}B tokens, {MAX_EPOCHS} epochs of the rarest "
+            f"the plan ends at {size_text(available)} tokens, {MAX_EPOCHS} epochs of the rarest "
             "source, and takes fewer hours than requested"
         )
     if tokens < 0.9 * fitted.needed_tokens:
