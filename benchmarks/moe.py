@@ -3,16 +3,16 @@
     python -m benchmarks.moe                                  # CPU: a model of 11M parameters
     python -m benchmarks.moe --dtype float32 --rounds 20 --output benchmarks/results/moe_fp32.json
 
-A step is forward, backward, clipping to norm 1 and AdamW, on random tokens. Ours runs as in
-training (FSDP2 with one rank, balance loss and router z-loss); transformers' Mixtral computes no
-router loss, and for bfloat16 runs under autocast. All models with experts start from equal
-weights, and their losses of the first step must agree. The contenders take turns; times are
-medians over rounds, on a CPU of this process's CPU time.
+A step is forward, backward, clipping to norm 1 and AdamW. Each step has new random tokens, so the
+loads of the experts change. Ours runs as in training (FSDP2 with one rank, balance loss and router
+z-loss); transformers' Mixtral computes no router loss, and for bfloat16 runs under autocast. All
+models with experts start from equal weights, and their losses of the first step must agree. The
+contenders take turns; times are medians over rounds, on a CPU of this process's CPU time.
 """
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,14 +34,26 @@ from training.loop import backward
 from training.objectives import next_token
 
 GOALS = {"ours / transformers": 2.0, "ours / dense": 0.6}
+VOCABULARY = 2048
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the first losses, relative
 
 
-def step_of_ours(run: RunConfig, batch: Batch, device: torch.device) -> Callable[[], float]:
+def random_batches(rows: int, length: int, device: torch.device) -> Iterator[Batch]:
+    """Yield batches of random tokens, the same for each contender."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        text = torch.randint(VOCABULARY, (rows, length + 1), generator=generator)
+        yield Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), None).to(device)
+
+
+def step_of_ours(
+    run: RunConfig, batches: Iterator[Batch], device: torch.device
+) -> Callable[[], float]:
     """Return a training step of a model of ours; it returns the loss per token."""
-    state, tokens = setup.build(run, device), batch.tokens.numel()
+    state, tokens = setup.build(run, device), run.data.tokens_per_step
 
     def step() -> float:
+        batch = next(batches)
         sums, _ = backward(run, state.model, Step([batch], tokens, tokens), next_token(0.0))
         state.optimizer.step()
         state.optimizer.zero_grad()
@@ -51,7 +63,7 @@ def step_of_ours(run: RunConfig, batch: Batch, device: torch.device) -> Callable
 
 
 def step_of_mixtral(
-    folder: Path, experts: str, batch: Batch, dtype: torch.dtype, device: torch.device
+    folder: Path, experts: str, batches: Iterator[Batch], dtype: torch.dtype, device: torch.device
 ) -> Callable[[], float]:
     """Return a training step of transformers' Mixtral. experts: its implementation of them."""
     from transformers import MixtralForCausalLM
@@ -64,6 +76,7 @@ def step_of_mixtral(
     autocast = dtype != torch.float32
 
     def step() -> float:
+        batch = next(batches)
         with torch.autocast(device.type, dtype, enabled=autocast):
             # Mixtral shifts labels itself; targets are the tokens that follow.
             loss: Tensor = model(
@@ -82,7 +95,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Return tokens/s of each contender and the ratios."""
     moe = MoEConfig(experts=args.experts, top_k=args.top_k, expert_size=args.expert_size)
     config = ModelConfig(
-        vocab_size=2048,
+        vocab_size=VOCABULARY,
         hidden_size=args.width,
         intermediate_size=args.top_k * args.expert_size,
         num_hidden_layers=args.layers,
@@ -93,17 +106,15 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         moe=moe,
     )
     dense = replace(config, kind="dense", moe=MoEConfig())
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(2048, (args.rows, args.length + 1), generator=generator)
-    batch = Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), None).to(device)
+    batches = partial(random_batches, args.rows, args.length, device)
     run = RunConfig(
         model=config,
         data=DataConfig(sequence_length=args.length, tokens_per_step=args.rows * args.length),
         parallel=ParallelConfig(dtype=args.dtype),
     )
     steps = {
-        "ours": step_of_ours(run, batch, device),
-        "dense": step_of_ours(replace(run, model=dense), batch, device),
+        "ours": step_of_ours(run, batches(), device),
+        "dense": step_of_ours(replace(run, model=dense), batches(), device),
     }
     skipped = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +124,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             name = f"transformers, {experts}"
             try:
                 dtype = DTYPES[args.dtype]
-                steps[name] = step_of_mixtral(Path(folder), experts, batch, dtype, device)
+                steps[name] = step_of_mixtral(Path(folder), experts, batches(), dtype, device)
             except (ImportError, ValueError, TypeError) as error:  # another version
                 skipped[name] = reason(error)
     losses = {name: step() for name, step in steps.items()}
@@ -123,7 +134,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 f"the first loss of {name} is {loss:.5f}, that of ours {losses['ours']:.5f}"
             )
     times = median_ms(steps, args.rounds, device)  # type: ignore[arg-type]
-    speed = {name: 1000 * batch.tokens.numel() / ms for name, ms in times.items()}
+    speed = {name: 1000 * run.data.tokens_per_step / ms for name, ms in times.items()}
     fastest = max(value for name, value in speed.items() if name.startswith("transformers"))
     ratios = {
         "ours / transformers, eager": speed["ours"] / speed["transformers, eager"],
