@@ -239,21 +239,25 @@ class Runner:
 def _prepare(trial: Trial) -> dict[str, Any]:
     """Create the folder of a run and return the state of its earlier attempt, or {}.
 
-    Renames the folders of an earlier run with different settings.
+    Renames the folders of an earlier run with different settings, and checkpoints without a log:
+    resumed, they would end in a log of the last steps only.
     """
     state = read_object(trial.folder / STATE) or {}
-    if trial.folder.is_dir() and state.get("identity") != trial.identity:
+    exists = [folder for folder in _folders(trial) if folder.is_dir()]
+    if exists and state.get("identity") != trial.identity:
         suffix = next(
             f".old{n}"
             for n in range(1, 10_000)
             if not any(_with_suffix(f, f".old{n}").exists() for f in _folders(trial))
         )
-        for folder in _folders(trial):
-            if folder.is_dir():
+        for folder in exists:
+            if folder.is_dir():  # a plan's checkpoints have moved with its folder
                 folder.rename(_with_suffix(folder, suffix))
+        changed = trial.folder in exists
+        reason = "its settings have changed" if changed else f"{trial.folder} is missing"
+        earlier = f"the earlier {'run is' if changed else 'checkpoints are'} in "
         print(
-            f"{trial.name}: its settings have changed; the earlier run is in "
-            f"{_with_suffix(trial.folder, suffix)}",
+            f"{trial.name}: {reason}; {earlier}{_with_suffix(exists[0], suffix)}",
             flush=True,
         )
         state = {}

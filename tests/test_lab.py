@@ -320,6 +320,16 @@ def test_finished_runs_are_not_repeated_and_changed_ones_are(fake, tmp_path, mon
     assert "better than the baseline: -2.0000 (all 2 equal), paired by seed, n=2" in text
 
 
+def test_checkpoints_without_a_log_are_not_resumed(fake, tmp_path, monkeypatch, capsys):
+    left = tmp_path / "checkpoints" / "lab" / "basic" / "a-0"
+    (left / "step_1").mkdir(parents=True)
+    start(monkeypatch, fake({"a": 1.0}, seeds=[0]))
+    assert (left.with_name("a-0.old1") / "step_1").is_dir() and not left.exists()
+    output = capsys.readouterr().out
+    assert "a-0: logs/lab/basic/a-0 is missing; the earlier checkpoints are in " in output
+    assert "checkpoints/lab/basic/a-0.old1" in output
+
+
 def test_a_failed_run_is_recorded_tried_again_and_stops_no_other(
     fake, tmp_path, monkeypatch, capfd
 ):
