@@ -27,7 +27,7 @@ count_of() {  # prints the number of packages that a requirements file pins
 }
 
 install() {  # Python compiles a module when it is first imported; pip would compile all of them
-    .venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile "$@"
+    .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check "$@"
 }
 
 has_nvidia_driver() {
