@@ -111,11 +111,11 @@ def outside_popen(handler: Callable[[int, FrameType | None], None]) -> Callable[
     def handle(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGALRM:
             waiting.append(number)
-        is_ready = bool(waiting) and not _in_popen(frame)
-        if len(waiting) > is_ready:
+        first = waiting.pop(0) if waiting and not _in_popen(frame) else None
+        if waiting:
             signal.setitimer(signal.ITIMER_REAL, 0.01)
-        if is_ready:
-            handler(waiting.pop(0), frame)
+        if first is not None:
+            handler(first, frame)
 
     signal.signal(signal.SIGALRM, handle)
     return handle

@@ -243,23 +243,21 @@ def _prepare(trial: Trial) -> dict[str, Any]:
     resumed, they would end in a log of the last steps only.
     """
     state = read_object(trial.folder / STATE) or {}
-    exists = [folder for folder in _folders(trial) if folder.is_dir()]
-    if exists and state.get("identity") != trial.identity:
+    earlier = next((folder for folder in _folders(trial) if folder.is_dir()), None)
+    if earlier and state.get("identity") != trial.identity:
         suffix = next(
             f".old{n}"
             for n in range(1, 10_000)
             if not any(_with_suffix(f, f".old{n}").exists() for f in _folders(trial))
         )
-        for folder in exists:
-            if folder.is_dir():  # a plan's checkpoints have moved with its folder
+        for folder in _folders(trial):
+            if folder.is_dir():
                 folder.rename(_with_suffix(folder, suffix))
-        changed = trial.folder in exists
-        reason = "its settings have changed" if changed else f"{trial.folder} is missing"
-        earlier = f"the earlier {'run is' if changed else 'checkpoints are'} in "
-        print(
-            f"{trial.name}: {reason}; {earlier}{_with_suffix(exists[0], suffix)}",
-            flush=True,
-        )
+        if earlier == trial.folder:
+            reason = "its settings have changed; the earlier run is in"
+        else:
+            reason = f"{trial.folder} is missing; the earlier checkpoints are in"
+        print(f"{trial.name}: {reason} {_with_suffix(earlier, suffix)}", flush=True)
         state = {}
     trial.folder.mkdir(parents=True, exist_ok=True)
     for name, content in trial.files.items():

@@ -216,7 +216,7 @@ class Experts(nn.Module):
         computed, slots = counts.sum(), None
         if needs_aligned_groups(x, counts):
             slots, counts = aligned_slots(counts, len(x))
-            x = x.new_zeros(len(x) + ALIGNED * len(counts), x.shape[1]).index_copy(0, slots, x)
+            x = x.new_zeros(len(x) + ALIGNED * len(counts), x.shape[1]).index_copy_(0, slots, x)
         offsets = counts.cumsum(0).to(torch.int32)
         gate_proj, up_proj, down_proj = self.weights()
         up = grouped_linear(x, up_proj, offsets)
@@ -277,9 +277,10 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 # Custom operators hide the loops from torch.compile: new group sizes cause no recompilation.
 @torch.library.custom_op("nanollama::grouped_linear", mutates_args=())
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    out = x.new_zeros(len(x), weight.shape[1])
+    out = x.new_empty(len(x), weight.shape[1])
     for matrix, begin, end in _groups(weight, offsets):
         torch.mm(x[begin:end], matrix.T, out=out[begin:end])
+    out[end:] = 0
     return out
 
 
@@ -287,12 +288,13 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 def _grouped_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = torch.zeros_like(x), torch.empty_like(weight)
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
     for (matrix, begin, end), grad_matrix in zip(
         _groups(weight, offsets), grad_weight, strict=True
     ):
         torch.mm(grad[begin:end], matrix, out=grad_x[begin:end])
         torch.mm(grad[begin:end].T, x[begin:end], out=grad_matrix)
+    grad_x[end:] = 0
     return grad_x, grad_weight
 
 
