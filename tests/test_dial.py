@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from test_plan_commands import lost_milestones
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.corpus.sources import HUB_SOURCES
@@ -168,6 +169,7 @@ def test_a_chosen_plan_loads_fits_and_ends_in_time(gpu, gpus, goal, hours, tmp_p
     phases = scheduled_phases(plan)
     report = forecast(plan, gpu, gpus, price=1.0, evaluation_tokens_of=command_tokens)
     check(report)
+    assert lost_milestones(phases) == []
     assert plan.ranks == gpus and phases[-1].run.schedule.total_steps == phases[-1].end
     for phase, described in zip(phases, report["phases"], strict=True):
         need = memory(phase.run, gpus)
@@ -286,7 +288,7 @@ def test_a_plan_for_the_cpu(goal, minutes, tmp_path, monkeypatch):
     write_plan(Path("configs/mine"), files, config_headers("mine", files, "about"))
     plan = load_plan("configs/mine/plan.yaml")
     phases = scheduled_phases(plan)
-    assert plan.name == "mine" and plan.ranks == 1
+    assert plan.name == "mine" and plan.ranks == 1 and lost_milestones(phases) == []
     assert {phase.run.phase: phase.run.steps for phase in phases}.items() <= choice.steps.items()
     assert phases[-1].end == phases[-1].run.schedule.total_steps
     assert phases[0].run.data.mix == mixes(goal)["base"] and set(CORPUS) >= set(mixes(goal)["gold"])

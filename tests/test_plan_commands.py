@@ -6,6 +6,7 @@ import runpy
 import shlex
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from evals.suite_config import open_suite
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training.config import load
-from training.planning.plan import Plan, load_plan
+from training.planning.plan import Plan, ScheduledPhase, load_plan, scheduled_phases
 from training.settings import load_settings
 
 PLANS = sorted(
@@ -152,6 +153,24 @@ def test_commands_of_plans_are_valid(path, monkeypatch, capsys):
     ):
         with pytest.raises((AssertionError, ValueError)):
             parse(wrong, monkeypatch)
+
+
+def lost_milestones(phases: Sequence[ScheduledPhase]) -> list[int]:
+    """Return milestones that a phase's config does not keep when it runs without the plan."""
+    return [
+        milestone.step
+        for scheduled in phases
+        for milestone in scheduled.phase.milestones
+        if milestone.step not in (scheduled.end, *scheduled.run.checkpoint.milestones)
+    ]
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_configs_keep_the_milestones_of_their_plan(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    phases = scheduled_phases(load_plan(path))
+    assert any(scheduled.phase.milestones for scheduled in phases)
+    assert lost_milestones(phases) == []
 
 
 LARGE_PLANS = ("configs/plan_1b.yaml", "configs/plan_1b_plus.yaml")

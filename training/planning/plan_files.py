@@ -188,7 +188,9 @@ def _phases(choice: Choice, name: str) -> Files:
         validate = max(50, min(2000, total // 20))
         return _intervals(phase_seconds(run, gpus, gpu), steps[phase], validate)
 
-    every = intervals(run, "base")
+    saves = intervals(run, "base")
+    # Plain torchrun must keep the plan's milestones too; a phase's last step is kept anyway.
+    pauses = [step for step in _milestones(choice) if step < steps["base"]]
     factors = efficiency()  # half of the slowest published run's speed stops a phase
     slow = factors.factor / factors.high / choice.fit.seconds_per_token / 2
     configs: Files = {
@@ -215,13 +217,13 @@ def _phases(choice: Choice, name: str) -> Files:
                 "total_steps": total,
                 "decay_steps": steps["gold"],
             },
-            "checkpoint": {**every["checkpoint"], "keep": 3},
+            "checkpoint": {**saves["checkpoint"], "keep": 3, "milestones": pauses},
             "startup": {
                 "steps": min(500, max(20, total // 20)),
                 "max_grad_norm": 10,
                 "min_tokens_per_s": int(float(f"{slow:.2g}")),
             },
-            "validation": {**every["validation"], "rows": 256},
+            "validation": {**saves["validation"], "rows": 256},
         }
     }
     previous, begin = "base", steps["base"]
@@ -335,12 +337,11 @@ def _plan(choice: Choice, name: str) -> dict[str, Any]:
         f"{module} scripts.run_evals --checkpoint {{checkpoint}} --suite milestone --data "
         f"perplexity={store} --contaminated {store}/contaminated_ids.json --output {{output}}"
     )
-    half, base = steps["base"] // 2, steps["base"]
     total = sum(steps.values())
     phases: list[dict[str, Any]] = [
         {
             "config": f"configs/{name}/base.yaml",
-            "milestones": [_milestone(choice, name, step) for step in (half, base) if step],
+            "milestones": [_milestone(choice, name, step) for step in _milestones(choice)],
         }
     ]
     if choice.fit.long_rows:
@@ -369,6 +370,12 @@ def _plan(choice: Choice, name: str) -> dict[str, Any]:
         f"--output_dir results/{name}",
     }
     return plan
+
+
+def _milestones(choice: Choice) -> list[int]:
+    """Steps of the base phase's milestones: its middle and its end."""
+    base = choice.steps["base"]
+    return [step for step in (base // 2, base) if step]
 
 
 def _milestone(choice: Choice, name: str, step: int) -> dict[str, Any]:
