@@ -23,6 +23,7 @@ from training import faults
 from training.checkpoint_files import find_damage
 from training.faults import StopSignal
 from training.logger import Log, LogConfig
+from training.ops.supervisor import Supervisor
 
 pytestmark = pytest.mark.one_layer
 
@@ -83,6 +84,17 @@ def test_under_nohup_sighup_changes_nothing(settings, tmp_path, at_each_step, mo
     try:
         at_each_step(lambda place: signal.raise_signal(signal.SIGHUP))
         assert status_of(settings(*QUIET), monkeypatch) == 0 and is_whole(tmp_path, 6)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_under_nohup_a_driver_and_its_command_ignore_sighup(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    code = "import os, signal; [os.kill(p, signal.SIGHUP) for p in (os.getppid(), os.getpid())]"
+    try:
+        driver = Supervisor(tmp_path, 0, print)
+        assert driver.run([sys.executable, "-c", code], os.environ) == driver.stopped == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 

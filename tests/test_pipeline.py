@@ -503,8 +503,8 @@ def test_a_stage_is_made_again_for_another_base_or_when_asked(plan, run):
 def test_a_rank_that_dies_is_restarted_and_one_that_dies_at_the_same_step_twice_is_not(plan, run):
     output = run(KILL_AT="7", KILL_ONCE="once").stdout
     assert (
-        "the launcher was killed (SIGKILL) at step 6 (status -9); restart 1 of 3 from the "
-        "newest checkpoint" in output
+        "the launcher was killed (SIGKILL), often for lack of memory, at step 6 (status -9); "
+        "restart 1 of 3 from the newest checkpoint" in output
     )
     assert len(losses(plan)) == 8 and events(plan, "restarted")[0]["step"] == 6
     for folder in ("checkpoints", "logs", "results"):
@@ -516,6 +516,48 @@ def test_a_rank_that_dies_is_restarted_and_one_that_dies_at_the_same_step_twice_
     (plan / "killed").unlink()
     edit_plan(plan, restarts=0)
     assert "it was restarted 0 times already" in run(KILL_AT="7", status=137).stdout
+
+
+# Each start logs the next step of the argument and, unless it is the last, dies of SIGKILL.
+DYING = """
+import json, os, pathlib, signal, sys
+logs = pathlib.Path("logs/tiny/sft")
+logs.mkdir(parents=True, exist_ok=True)
+steps = sys.argv[1].split(",")
+number = len((logs / "starts").read_text()) if (logs / "starts").exists() else 0
+(logs / "starts").write_text("x" * (number + 1))
+with open(logs / "metrics.jsonl", "a") as file:
+    print(json.dumps({"step": int(steps[number])}), file=file)
+if number + 1 < len(steps):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "steps", "expected"),
+    [
+        ("train_sft.py", "3,5,9", [("restarted", 3), ("restarted", 5)]),
+        ("train_dpo.py", "3,3,9", [("restarted", 3), ("gave_up", 3)]),
+        ("train_gpt.py", "3,9", [("restarted", 3)]),
+        ("measure.py", "3,9", []),
+    ],
+)
+def test_a_training_that_needs_no_launcher_is_restarted_too(
+    script, steps, expected, tmp_path, monkeypatch
+):
+    """The step is that of the stage's log, not that of pretraining's."""
+    monkeypatch.chdir(tmp_path)
+    Path("logs/tiny").mkdir(parents=True)
+    Path("logs/tiny/metrics.jsonl").write_text('{"step": 800}\n')
+    Path(script).write_text(DYING)
+    told = []
+    driver = supervisor.Supervisor(
+        Path("logs/tiny"), 3, lambda kind, text, step, **_: told.append((kind, step, text))
+    )
+    status = driver.run([sys.executable, script, steps], os.environ)
+    assert [event[:2] for event in told] == expected
+    assert status == (0 if expected and expected[-1][0] == "restarted" else 137)
+    assert all("the process was killed (SIGKILL), often for" in text for *_, text in told)
 
 
 def test_a_closed_terminal_stops_the_stage_which_saves(plan, run, monkeypatch):

@@ -14,6 +14,12 @@ from training.ops.watchdog import is_connection_lost
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
+def without_ignored_sighup(numbers: Sequence[signal.Signals]) -> list[signal.Signals]:
+    """Return `numbers`, without SIGHUP if this process ignores it, as under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in numbers if not (ignored and number == signal.SIGHUP)]
+
+
 class StopSignal:
     """Records the first signal of SIGNALS that this rank receives.
 
@@ -32,8 +38,7 @@ class StopSignal:
         self.time = 0.0  # time of the first signal, monotonic
 
     def __enter__(self) -> "StopSignal":
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        handled = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+        handled = without_ignored_sighup(SIGNALS)
         self.before = {number: signal.signal(number, self._note) for number in handled}
         return self
 

@@ -11,20 +11,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from torchrun_plugin import LAUNCHER, is_launcher
+from training.faults import without_ignored_sighup
 from training.ops.watchdog import LOST
 
 # SIGINT reaches the stage from the terminal.
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 DRIVER = "NANOLLAMA_DRIVER"  # environment variable: process id of the launcher's parent
-DEATHS = {  # exit status of a launcher -> cause; other statuses are decisions or user errors
-    1: "a rank ended with an error",
-    LOST: "a rank was lost",
-    128 + signal.SIGABRT: "a rank was aborted (SIGABRT), as NCCL does when a peer has died",
-    128 + signal.SIGBUS: "a rank ended with SIGBUS, often for lack of shared memory",
-    128 + signal.SIGKILL: "a rank was killed (SIGKILL), often for lack of memory",
-    128 + signal.SIGSEGV: "a rank crashed (SIGSEGV)",
-    -signal.SIGKILL: "the launcher was killed (SIGKILL)",
-    -signal.SIGSEGV: "the launcher crashed (SIGSEGV)",
+ENTRY_POINTS = ("train.py", "train_sft.py", "train_dpo.py", "train_gpt.py", "train_gpt_medium.py")
+DEATHS = {  # exit status -> what happened; other statuses are decisions or user errors
+    1: "ended with an error",
+    LOST: "was lost",
+    128 + signal.SIGABRT: "was aborted (SIGABRT), as NCCL does when a peer has died,",
+    128 + signal.SIGBUS: "ended with SIGBUS, often for lack of shared memory,",
+    128 + signal.SIGKILL: "was killed (SIGKILL), often for lack of memory,",
+    128 + signal.SIGSEGV: "crashed (SIGSEGV)",
 }
 
 
@@ -32,7 +33,8 @@ class Supervisor:
     """Runs one command after another and forwards signals, so that a command can save first.
 
     logs: folder of the run; its metrics.jsonl files show the progress of a stage. restarts: maximum
-    per stage. event(kind, text, **fields) is called for each restart.
+    per stage; only commands of scripts.launch and of ENTRY_POINTS are restarted. event(kind, text,
+    **fields) is called for each restart.
     """
 
     def __init__(self, logs: Path, restarts: int, event: Callable[..., None]):
@@ -41,12 +43,14 @@ class Supervisor:
 
     def run(self, program: Sequence[str], environment: Mapping[str, str]) -> int:
         """Run a command and return its exit status; 128 + signal if a signal stopped it."""
-        launches = "scripts.launch" in program
+        # A stage must end with this process: the next driver would start it again.
+        driver = str(os.getpid())
+        environment = {**environment, DRIVER: driver, LAUNCHER: driver}
         reached: int | None = None
         for attempt in range(self.restarts + 1):
             before = self._logged()
-            status = self._once(program, {**environment, DRIVER: str(os.getpid())})
-            cause = DEATHS.get(status) if launches else None
+            status = self._once(program, environment)
+            cause = _cause(program, status)
             if self.stopped or cause is None:
                 break
             step = self._step(before)
@@ -103,7 +107,9 @@ class Supervisor:
             for process in started:
                 process.send_signal(number)
 
-        before = {number: signal.signal(number, note) for number in SIGNALS}
+        # A handler would also reset an ignored SIGHUP in the child.
+        handled = without_ignored_sighup(SIGNALS)
+        before = {number: signal.signal(number, note) for number in handled}
         try:
             yield started
         finally:
@@ -121,6 +127,17 @@ class Supervisor:
         return max(
             (step for path in changed if (step := last_step(path)) is not None), default=None
         )
+
+
+def _cause(program: Sequence[str], status: int) -> str | None:
+    """Return why a command died that can resume; None if it is not to be restarted."""
+    what = DEATHS.get(status if status >= 0 else 128 - status)
+    by_launch = "scripts.launch" in program
+    if not what or not (by_launch or any(Path(word).name in ENTRY_POINTS for word in program)):
+        return None
+    if not (by_launch or is_launcher(program)):
+        return f"the process {what}"
+    return f"{'a rank' if status > 0 else 'the launcher'} {what}"
 
 
 def last_step(path: Path) -> int | None:
