@@ -28,6 +28,7 @@ from lab.measurements import measure, seconds_per_step
 from machine import cpus
 from torchrun_plugin import LAUNCHER
 from training.ops.supervisor import DRIVER
+from training.run_folder import unused
 
 STATE, OUTPUT = "trial.json", "output.txt"
 FINISHED, FAILED, RUNNING = "finished", "failed", "running"
@@ -250,9 +251,11 @@ def _prepare(trial: Trial) -> dict[str, Any]:
             for n in range(1, 10_000)
             if not any(_with_suffix(f, f".old{n}").exists() for f in _folders(trial))
         )
-        for folder in _folders(trial):
-            if folder.is_dir():
-                folder.rename(_with_suffix(folder, suffix))
+        of_plan = (path for name in ("*", "*/plan") for path in trial.folder.glob(f"logs/{name}"))
+        with unused(*_folders(trial), *of_plan):
+            for folder in _folders(trial):
+                if folder.is_dir():
+                    folder.rename(_with_suffix(folder, suffix))
         if earlier == trial.folder:
             reason = "its settings have changed; the earlier run is in"
         else:

@@ -22,6 +22,7 @@ from lab.record import judgement, write_record
 from lab.run import Runner, Slots, plan_trials, run_experiment
 from lab.statistics import crossing, estimate, p_below, p_below_with_sigma, paired_difference
 from scripts.experiment import main
+from training import run_folder
 from training.config import load
 
 BASIC = {
@@ -310,7 +311,11 @@ def test_finished_runs_are_not_repeated_and_changed_ones_are(fake, tmp_path, mon
     assert started.read_text().split() == ["a-0", "b-0", "a-1", "b-1"]
     start(monkeypatch, fake({"a": 1.0, "b": 2.0}), "--seeds", 1, 2)
     assert started.read_text().split()[4:] == ["a-2", "b-2"]
-    start(monkeypatch, fake({"a": 1.0, "b": 3.0}), "--only", "b")
+    changed = [fake({"a": 1.0, "b": 3.0}), "--only", "b"]
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.1)
+    with run_folder.locked(started.parent / "b-0"):  # an earlier session's run still saves
+        assert "b-0 is in use by" in complaint_of(main, changed, capsys, monkeypatch)
+    start(monkeypatch, *changed)
     assert started.read_text().split()[6:] == ["b-0", "b-1"]
     earlier = started.parent / "b-0.old1" / "metrics.jsonl"
     assert json.loads(earlier.read_text().splitlines()[-1])["val/loss"] == 2.0

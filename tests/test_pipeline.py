@@ -475,13 +475,16 @@ def test_a_rate_that_would_rise_again_is_refused(plan, run, settings, capfd, mon
     assert not end.value.code and len(losses(plan)) == 12
 
 
-def test_a_stage_is_made_again_for_another_base_or_when_asked(plan, run):
+def test_a_stage_is_made_again_for_another_base_or_when_asked(plan, run, monkeypatch):
     run()
     assert (
         "Tuning" in run("--redo", "tuned").stdout
         and (plan / "checkpoints/tiny/tuned.old1/step_1").is_dir()
     )
     assert "--redo three: the plan has one, two, tuned" in run("--redo", "three", status=2).stderr
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.1)
+    with run_folder.locked(plan / "checkpoints/tiny/two"):
+        assert "tiny/two is in use by process" in run("--redo", "two", status=2).stderr
     output = run("--redo", "two").stdout
     assert (
         "two is repeated (--redo)" in output

@@ -13,6 +13,7 @@ from conftest import ROOT, complaint_of, read_metrics, train_here
 import train
 from training import run_folder
 from training.config import load
+from training.ops import self_test
 from training.run_folder import locked
 
 pytestmark = pytest.mark.one_layer
@@ -163,6 +164,24 @@ def test_one_process_in_a_folder_and_a_killed_one_leaves_no_lock(
         with locked(folder):
             pass
     assert train_here(settings())
+
+
+def test_test_mode_deletes_no_folder_that_is_in_use(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.1)
+    run = load(ROOT / "configs" / "test_mode.yaml", self_test.overrides(20))
+    step, row = run.checkpoints / "step_10" / "config.json", run.logs / "metrics.jsonl"
+    tokens = Path(run.data.store) / "tokens" / "dummy"
+    for path in (step, row, tokens):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    for folder in (run.checkpoints, run.logs):
+        with locked(folder), pytest.raises(ValueError, match=f"^{folder} is in use by process "):
+            self_test.clear(run)
+        assert step.is_file() and row.is_file() and tokens.is_file()
+    self_test.clear(run)
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"run.lock"} and not tokens.parent.exists() and not step.parent.exists()
 
 
 def test_a_finished_stage_does_not_ignore_a_new_base(settings, tmp_path, capfd, monkeypatch):

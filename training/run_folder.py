@@ -44,6 +44,16 @@ def locked(*folders: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unused(*folders: Path) -> Iterator[None]:
+    """Hold the locks that the folders have, to move or empty them; creates nothing.
+
+    ValueError as from locked().
+    """
+    with locked(*(folder for folder in folders if (folder / LOCK).is_file())):
+        yield
+
+
 def _lock(handle: int) -> bool:
     end = time.monotonic() + LOCK_TIMEOUT
     while True:

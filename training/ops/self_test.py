@@ -15,6 +15,7 @@ from training.checkpoint import Checkpointer, load_state
 from training.config import RunConfig
 from training.distributed import run_on_rank0
 from training.logger import Log
+from training.run_folder import LOCK, unused
 from training.state import State
 
 DEFAULT_STEPS = 100
@@ -46,7 +47,10 @@ def overrides(steps: int | None) -> list[str]:
 
 
 def clear(run: RunConfig) -> None:
-    """Remove the files of an earlier test run; ValueError if a folder has other files."""
+    """Remove the files of an earlier test run, except its locks.
+
+    ValueError if a folder has other files or is in use.
+    """
     logs = (
         "metrics.jsonl",
         "events.jsonl",
@@ -67,13 +71,19 @@ def clear(run: RunConfig) -> None:
         run.logs: logs,
         Path(run.data.store): ("tokens",),
     }
-    for folder, patterns in patterns_of.items():
-        if folder.exists():
+    with unused(run.checkpoints, run.logs):
+        for folder, patterns in patterns_of.items():
+            if not folder.exists():
+                continue
             known = {path for pattern in patterns for path in folder.glob(pattern)}
             is_users = folder == run.checkpoints and run.output_dir != "checkpoints/test_mode/dummy"
             if is_users or set(folder.iterdir()) - known:
                 raise ValueError(f"{folder} is not empty; use another --output_dir for test mode")
-            shutil.rmtree(folder)
+            for path in known:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:  # another process may be waiting for it
+                    path.unlink()
 
 
 def check(run: RunConfig, state: State, checkpointer: Checkpointer, log: Log) -> None:

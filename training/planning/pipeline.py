@@ -30,6 +30,7 @@ from training.planning.gates import (
 from training.planning.plan import Milestone, Plan, PlanStage, ScheduledPhase, scheduled_phases
 from training.planning.progress import Progress
 from training.planning.stages import check_average_is_there, stage_settings
+from training.run_folder import unused
 from training.trackers import record_evaluation
 
 NO_GO = 3  # exit status
@@ -396,12 +397,13 @@ class Pipeline:
             n for n in range(1, 1000) if not folder.with_name(f"{folder.name}.old{n}").exists()
         )
         aside = folder.with_name(f"{folder.name}.old{number}")
-        if steps is None:
-            folder.rename(aside)
-        else:
-            aside.mkdir()
-            for step in steps:
-                step.rename(aside / step.name)
+        with unused(folder):
+            if steps is None:
+                folder.rename(aside)
+            else:
+                aside.mkdir()
+                for step in steps:
+                    step.rename(aside / step.name)
         text = f"{why}; its old checkpoints are in {aside}; delete them if you do not need them"
         self.event("set_aside", text)
 
