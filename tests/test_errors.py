@@ -127,10 +127,14 @@ def test_a_phase_begins_where_the_one_before_ends_and_never_after_the_schedule(
     folder = tmp_path / "checkpoints" / "one"
     message = complaint(capfd, monkeypatch, settings(f"resume_from={folder}", phase="two", steps=2))
     assert (
-        "is step 3 of one, which ends at step 6; finish that phase, or branch off with resume_from="
-        in message
+        "is step 3 of one, which ends at step 6; finish that phase, or branch off in a run of its "
+        f"own: resume_from={folder / 'step_3'} start_step=3 run=NAME" in message
     )
-    assert train_here(settings(f"resume_from={folder / 'step_3'}", phase="two", steps=2))
+    monkeypatch.chdir(tmp_path)
+    branch = [f"resume_from={folder / 'step_3'}", "start_step=3", "run=NAME"]
+    branch += ["output_dir=null", "log_dir=null"]
+    assert train_here(settings(*branch, phase="two", steps=2))
+    assert train_here(settings()) and len(read_metrics(tmp_path / "logs")) == 6
 
 
 def test_ranks_that_do_not_fit_the_batch_end_without_a_traceback(settings):

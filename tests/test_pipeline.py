@@ -369,6 +369,9 @@ def test_a_phase_is_extended_after_a_no_go_and_the_rest_moves(plan, run):
         events(plan, "extend")
     ) == 1
     assert "train.py" not in run().stdout  # the extension is remembered
+    output = run("--extend", "one=3").stdout
+    assert "two follows one and is repeated; its old checkpoints" in output
+    assert len(losses(plan)) == 11 and (plan / "checkpoints/tiny/two.old1/step_10").is_dir()
 
 
 def test_a_reason_is_for_a_no_go_that_was_seen(plan, run):

@@ -55,6 +55,18 @@ def test_a_later_phase_does_not_start_from_scratch(settings, tmp_path, capfd, mo
     assert "began" not in complaint(capfd, monkeypatch, [*second, "start_step=4"])
     hyperparameters = (tmp_path / "logs" / "hyperparameters.yaml").read_text()
     assert hyperparameters.startswith("one:") and "\ntwo:" in hyperparameters
+    # No start removes metrics whose checkpoints exist.
+    folder, before = tmp_path / "checkpoints", (tmp_path / "logs" / "metrics.jsonl").read_text()
+    fork = settings(f"resume_from={folder / 'one' / 'step_3'}", phase="fork", steps=2)
+    message = complaint(capfd, monkeypatch, fork)
+    assert "fork would start at step 3 and remove later metrics" in message
+    message = complaint(capfd, monkeypatch, settings(steps=7))
+    assert f"but two has {folder / 'two' / 'step_8'}; set another log_dir, or move" in message
+    assert (tmp_path / "logs" / "metrics.jsonl").read_text() == before
+    assert train_here([*fork, f"log_dir={tmp_path / 'fork'}"])
+    (folder / "two").rename(folder / "away")
+    assert train_here(settings(steps=7))
+    assert steps(tmp_path / "logs" / "metrics.jsonl") == list(range(1, 8))
 
 
 @pytest.mark.parametrize("form", ["name", "phase folder", "step folder"])

@@ -293,7 +293,7 @@ def test_theta_is_checked_where_phases_meet(settings, tmp_path):
         start = f"init_from={one / 'step_4'}", "rope_theta=10000"
         train_here(settings(*quiet, *start, "run=other", phase="three", steps=2))
     assert train_here(settings(*quiet, two, "rope_theta=[40000, 50000]", phase="two", steps=2))
-    jump = ("rope_theta=9000", "allow_theta_jump=true")
+    jump = ("rope_theta=9000", "allow_theta_jump=true", f"log_dir={tmp_path / 'four'}")
     assert train_here(settings(*quiet, two, *jump, phase="four", steps=2))
     assert read_hf_config(tmp_path / "checkpoints" / "four" / "step_6").rope_theta == 9000
 

@@ -90,7 +90,7 @@ def run_phase(run: RunConfig, device: torch.device, stage: Stage, profile: bool 
         origin, will_train = f"{run.run} {run.phase}: {restored}", state.step < state.end
         at_start = state.step == state.phase_start
         if will_train:
-            if set_aside := run_on_rank0(lambda: claim(run, source)):
+            if set_aside := run_on_rank0(lambda: claim(run, source, state.step)):
                 log.event("set_aside", set_aside)
             log.event("begun" if at_start else "resumed", origin, step=state.step)
         else:

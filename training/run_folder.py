@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from files import read_object, step_folders, write_json
+from files import read_object, step_folders, step_number, write_json
 from training.config import RunConfig
 
 IDENTITY, LOCK = "run.json", "run.lock"
@@ -78,12 +78,13 @@ def in_use(folder: Path) -> bool:
     return False
 
 
-def claim(run: RunConfig, source: Path | None) -> str:
-    """Record that checkpoint and log folders belong to this run.
+def claim(run: RunConfig, source: Path | None, step: int) -> str:
+    """Record that checkpoint and log folders belong to this run, which starts at `step`.
 
     Returns a message if the metrics of an ended run were renamed, else "". source: step folder that
     the run continues from; None for a new run. ValueError if the log folder belongs to another run
-    (or to this phase in another folder) whose checkpoints still exist.
+    (or to this phase in another folder) whose checkpoints still exist, or if another phase has
+    later checkpoints, whose metrics this start would remove from the log.
     """
     folder, record = run.checkpoints.resolve(), _read(run.logs)
     earlier = [
@@ -113,6 +114,13 @@ def claim(run: RunConfig, source: Path | None) -> str:
         )
     elif not record and source is None:
         message = _rename_metrics(run.logs)  # an older version, without run.json
+    for phase, path in folders.items():
+        newest = step_folders(Path(path))[-1:]
+        if path != str(folder) and newest and (step_number(newest[0]) or 0) > step:
+            raise ValueError(
+                f"{run.phase} would start at step {step:,} and remove later metrics from "
+                f"{run.logs}, but {phase} has {newest[0]}; set another log_dir, or move {path} away"
+            )
     content = {"id": identity, "run": run.run, "folders": {**folders, run.phase: str(folder)}}
     write_json(run.logs / IDENTITY, content)
     write_json(run.checkpoints / IDENTITY, {**content, "folders": {run.phase: str(folder)}})

@@ -220,8 +220,8 @@ def restore_or_init(
         if Path(run.resume_from or "") != source and position["phase_end"] > position["step"]:
             raise ValueError(
                 f"{source} is step {state.step} of {position['phase']}, which ends at step "
-                f"{position['phase_end']}; finish that phase, or branch off with "
-                f"resume_from={source}"
+                f"{position['phase_end']}; finish that phase, or branch off in a run of its own: "
+                f"resume_from={source} start_step={state.step} run=NAME"
             )
         _check_start(run, state.step, source)
         state.batch_index, state.phase_start, state.parent = 0, state.step, model_hash(source)

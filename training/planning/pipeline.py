@@ -354,9 +354,10 @@ class Pipeline:
         return self.measured[-1].metrics
 
     def _renew(self, scheduled: ScheduledPhase, before: Path | None, redo: bool) -> None:
-        """Rename checkpoints that a phase cannot continue from.
+        """Rename checkpoints that a phase cannot continue from, and those of later phases.
 
-        Reasons: --redo, a changed base model, or a decay that ended before an extension.
+        Reasons: --redo, a changed base model, or a decay that ended before an extension. Later
+        phases are repeated also if this phase is only longer than before.
         """
         run, folders = scheduled.run, step_folders(scheduled.run.checkpoints)
         positions = [
@@ -368,16 +369,15 @@ class Pipeline:
             return
         newest, position = positions[-1]
         earlier = step_folders(before)[-1] if before and step_folders(before) else None
+        why, steps = "", None
         if redo:
-            self._set_aside(run.checkpoints, f"{run.phase} is repeated (--redo)")
+            why = f"{run.phase} is repeated (--redo)"
         elif (
             earlier
             and position["phase"] == run.phase
             and position["parent"] not in ("", model_hash(earlier))
         ):
-            self._set_aside(
-                run.checkpoints, f"{run.phase} did not start from {earlier} and is repeated"
-            )
+            why = f"{run.phase} did not start from {earlier} and is repeated"
         elif self.extensions and position.get("rate", {}).get("total_steps") not in (
             None,
             run.schedule.total_steps,
@@ -385,11 +385,19 @@ class Pipeline:
             stable = run.schedule.total_steps - run.schedule.decay_steps  # the decay begins there
             decayed = [folder for folder, where in positions if where["step"] > stable]
             if decayed and position["step"] < scheduled.end:
-                text = (
+                steps = decayed
+                why = (
                     f"the learning rate of {newest} decayed for a shorter {run.phase}; "
                     "the decay is repeated"
                 )
-                self._set_aside(run.checkpoints, text, decayed)
+        if why or position.get("phase_end", scheduled.end) < scheduled.end:
+            later = self.scheduled_phases[self.scheduled_phases.index(scheduled) + 1 :]
+            for entry in reversed(later):  # training this phase removes their metrics from the log
+                if step_folders(entry.run.checkpoints):
+                    text = f"{entry.run.phase} follows {run.phase} and is repeated"
+                    self._set_aside(entry.run.checkpoints, text)
+        if why:
+            self._set_aside(run.checkpoints, why, steps)
 
     def _set_aside(self, folder: Path, why: str, steps: list[Path] | None = None) -> None:
         """Move a folder of checkpoints, or some of its step folders, to <folder>.old<n>."""
