@@ -1,9 +1,9 @@
 """Run docs/timeline.md to its end in miniature: its commands with small sizes, and its failures.
 
-The plan loses a rank and its terminal, meets a no-go and follows the advice. Then every command of
-the document's table runs again and must not change a checkpoint. miniature.py simulates the hub,
-and torchrun in every launch but the one whose rank is killed (test_launchers.py and test_nodes.py
-test the launcher).
+Days 1 to 25 run by hand, in the table's order, from an empty folder. The plan begins phase 1, loses
+a rank and its terminal; after the gate of day 21 it meets a no-go and follows the advice, and it
+ends the four weeks. miniature.py simulates the hub, and torchrun in every launch but the one whose
+rank is killed (test_launchers.py and test_nodes.py test the launcher).
 """
 
 import json
@@ -140,7 +140,17 @@ def test_day_1(place):
         assert "ok" in output and "FAILED" not in output
 
 
-def test_the_plan_survives_four_weeks(place, drive):
+def days(first: str, last: str) -> list[str]:
+    """Return the table's commands from the first with these words up to the one before the last."""
+    begin, end = (next(i for i, c in enumerate(BY_HAND) if words in c) for words in (first, last))
+    assert begin < end
+    return BY_HAND[begin:end]
+
+
+def test_four_weeks_by_hand_and_by_the_plan(place, drive):
+    for command in days("download_data", "phase1_pretrain.yaml"):
+        give(command)
+
     def real(words, env):
         """Start scripts.launch, whose parent is not the driver; kill its rank 0 at step 20."""
         environment = {**env, "OMP_NUM_THREADS": "1"}
@@ -153,8 +163,15 @@ def test_the_plan_survives_four_weeks(place, drive):
     output = drive(PLAN, status=129, first_launch=real)
     closing.join()
     assert "was interrupted. The same command continues from here." in output
+    assert output.count("already there") == 6  # sources
     assert len(events("restarted")) == 1 and "SIGKILL" in events("restarted")[0]["text"]
     assert events("stopped")[-1]["step"] == step() < 100
+
+    by_hand = days("phase1_pretrain.yaml", "generate_chat_data")
+    assert sum("--gates" in command for command in by_hand) == 5
+    for command in by_hand[:-1]:
+        give(command)
+    assert step() == 230 and "decision: NO-GO" in give(by_hand[-1], status=3)
 
     output = drive(PLAN, status=3)
     assert "decision at step 230: NO-GO" in output and step() == 230
@@ -166,9 +183,18 @@ def test_the_plan_survives_four_weeks(place, drive):
     )
     output = drive(advised, status=3)
     assert "decision at step 235: NO-GO" in output and step() == 235
+
+    for command in days("generate_chat_data", "visualize_attention"):
+        give(command)
+    before, metrics = checkpoints(), (LOGS / "metrics.jsonl").read_text()
     output = drive(f'{PLAN} --accept "a model of this size"')
     assert "deliverables are present and agree" in output
     assert "missing" not in output.rpartition("[")[2]
+    for command in days("visualize_attention", "demo_ui"):
+        give(command)
+    assert checkpoints() == before and (LOGS / "metrics.jsonl").read_text() == metrics
+    (check,) = (command for command in BY_HAND if "verify_checkpoint" in command)
+    assert "rope theta 500,000 (as in logs/nanollama_1b/phase2_16k.config.yaml)" in give(check)
 
     rows = read_metrics(LOGS)
     # Each step once, despite a kill, a signal and an extension.
@@ -180,28 +206,6 @@ def test_the_plan_survives_four_weeks(place, drive):
         assert list(Path("checkpoints", RUN).glob(f"*/step_{milestone}/model.safetensors")), (
             milestone
         )
-
-
-def test_each_command_of_the_table_can_be_given_again(place):
-    before, metrics = checkpoints(), (LOGS / "metrics.jsonl").read_text()
-    begin = next(i for i, command in enumerate(BY_HAND) if "download_data" in command)
-    end = next(i for i, command in enumerate(BY_HAND) if "demo_ui" in command)
-    # Only the plan knows its new steps.
-    extended = (
-        "phase3_crystallization.yaml",
-        "phase3_crystallization --gates",
-    )
-    commands = [
-        command for command in BY_HAND[begin:end] if not any(words in command for words in extended)
-    ]
-    assert len(commands) > 20
-    for command in commands:
-        output = give(command)
-        if "download_data" in command:
-            assert output.endswith("already there\n")
-    assert checkpoints() == before and (LOGS / "metrics.jsonl").read_text() == metrics
-    (check,) = (command for command in BY_HAND[end:] if "verify_checkpoint" in command)
-    assert "rope theta 500,000 (as in logs/nanollama_1b/phase2_16k.config.yaml)" in give(check)
 
 
 def test_what_the_four_weeks_leave(place):
