@@ -269,8 +269,8 @@ def parser() -> argparse.ArgumentParser:
     parser = eval_parser(__doc__, shots=None)
     parser.add_argument(
         "--dataset",
-        help="a data store, a .jsonl or .txt file, a folder of .txt files, or a source of the "
-        "run's store such as fineweb-edu-validation (default: the whole store of the run)",
+        help="a data store, a .jsonl or .txt file, a folder of .txt files, or a source or group of "
+        "the run's store such as fineweb-edu-validation (default: the whole store of the run)",
     )
     parser.add_argument(
         "--tokens",

@@ -1,7 +1,8 @@
 """Validation text for eval_perplexity: finds the data and chooses the documents or rows to score.
 
 `--dataset` is a data store, a .jsonl file of texts, a .txt file, a folder of .txt files, or a
-source in the store of the checkpoint's own run. The default is every source of that store.
+source or group of sources in the store of the checkpoint's own run. The default is every source of
+that store.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cli import int_at_least
+from data.corpus.sources import sources_of as corpus_sources
 from data.decontamination.benchmarks import stream_jsonl
 from data.manifest import file_hash
 from data.packing import StreamRows, document_table
@@ -63,7 +65,7 @@ def evenly_spaced(lengths: np.ndarray, budget: int) -> np.ndarray:
 
 
 def resolve_data(args: argparse.Namespace) -> None:
-    """Set args.dataset to an existing path, and args.sources if --dataset names a source.
+    """Set args.dataset to an existing path, and args.sources if --dataset names sources.
 
     ValueError if no text is found.
     """
@@ -73,10 +75,11 @@ def resolve_data(args: argparse.Namespace) -> None:
     elif Path(dataset).exists():
         args.dataset = Path(dataset)
     else:
-        args.dataset, source = _find_source(str(dataset), args.checkpoint)
-        if args.sources not in (None, [source]):
-            raise ValueError(f"--dataset {dataset} already names one source; omit --sources")
-        args.sources = [source]
+        args.dataset, sources = _find_sources(str(dataset), args.checkpoint)
+        if args.sources not in (None, sources):
+            names = ", ".join(sources)
+            raise ValueError(f"--dataset {dataset} already names {names}; omit --sources")
+        args.sources = sources
     if args.dataset.is_dir() and not is_store(args.dataset) and not _txt_files(args.dataset):
         raise ValueError(
             f"{args.dataset} is not a data store (no tokens/) and has no .txt files; {ADVICE}"
@@ -87,8 +90,8 @@ def is_store(path: Path) -> bool:
     return (path / "tokens").is_dir()
 
 
-def _find_source(name: str, checkpoint: Path) -> tuple[Path, str]:
-    """Store and source for a name such as fineweb-edu or fineweb-edu-validation."""
+def _find_sources(name: str, checkpoint: Path) -> tuple[Path, list[str]]:
+    """Store and sources for the name of a source or group; it may end in -validation."""
     try:
         store = _run_store(checkpoint)
     except ValueError as error:
@@ -97,8 +100,9 @@ def _find_source(name: str, checkpoint: Path) -> tuple[Path, str]:
     normalised = {source.replace("-", "_").lower(): source for source in present}
     key = name.replace("-", "_").lower()
     for candidate in (key, key.removesuffix("_validation")):
-        if candidate in normalised:
-            return store, normalised[candidate]
+        names = (candidate,) if candidate in normalised else corpus_sources(candidate)
+        if normalised.keys() >= set(names):
+            return store, [normalised[name] for name in names]
     raise ValueError(
         f"{name} is neither a path nor a source of {store}; "
         f"available sources: {', '.join(present) or 'none'}"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, complaint_of, save_tiny, tiny_config
 
+from data.corpus.sources import GROUPS
 from data.dataloader import validation_batches
 from data.decontamination.benchmarks import stream_jsonl
 from data.packing import StreamRows
@@ -290,10 +291,10 @@ def test_the_store_is_that_of_the_pretraining_run(root, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    ("name", "source"),
+    ("name", "sources"),
     [
         *(
-            (name, "fineweb_edu")
+            (name, ["fineweb_edu"])
             for name in (
                 "fineweb-edu-validation",
                 "fineweb_edu",
@@ -301,14 +302,16 @@ def test_the_store_is_that_of_the_pretraining_run(root, tmp_path, monkeypatch, c
                 "FineWeb-Edu_validation",
             )
         ),
-        *((name, "pg19") for name in ("pg19", "PG19-validation")),
+        *((name, ["pg19"]) for name in ("pg19", "PG19-validation")),
+        ("books-mixed-validation", ["pg19", "fineweb_edu"]),  # a group
     ],
 )
-def test_source_names_have_variants(root, monkeypatch, name, source):
+def test_source_names_have_variants(root, monkeypatch, name, sources):
     monkeypatch.chdir(root)
+    monkeypatch.setitem(GROUPS, "books_mixed", ("pg19", "fineweb_edu"))
     args = flags(root, "--dataset", name)
-    assert args.sources == [source] and [*held_out.shards_of(args)] == [source]
-    assert flags(root, "--data", name).sources == [source]  # as a suite's --data perplexity=NAME
+    assert args.sources == sources and [*held_out.shards_of(args)] == sources
+    assert flags(root, "--data", name).sources == sources  # as a suite's --data perplexity=NAME
 
 
 def test_mistakes_end_in_one_sentence(root, tmp_path, text_store, monkeypatch, capfd):
@@ -331,7 +334,9 @@ def test_mistakes_end_in_one_sentence(root, tmp_path, text_store, monkeypatch, c
     assert "give --dataset a data store" in said("--checkpoint", stray)
     assert "pg19 does not exist; give --dataset" in said("--checkpoint", stray, "--dataset", "pg19")
     assert "available sources: fineweb_edu, pg19" in said("--dataset", "c4-validation")
-    assert "already names one source" in said("--dataset", "pg19", "--sources", "fineweb_edu")
+    assert "already names pg19" in said("--dataset", "pg19", "--sources", "fineweb_edu")
+    group = said("--dataset", "pg19_and_stack_mixed-validation")  # one of the two is missing
+    assert "pg19_and_stack_mixed-validation is neither a path nor a source of" in group
     assert "has no .txt files" in said("--dataset", tmp_path / "empty")
     assert "too few for one row of 9999999" in said("--sequence_length", "9999999")
     (tmp_path / "x.txt").write_text("a text")
