@@ -7,6 +7,7 @@ that store.
 
 import argparse
 import hashlib
+import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -67,7 +68,8 @@ def evenly_spaced(lengths: np.ndarray, budget: int) -> np.ndarray:
 def resolve_data(args: argparse.Namespace) -> None:
     """Set args.dataset to an existing path, and args.sources if --dataset names sources.
 
-    ValueError if no text is found.
+    Sets args.foreign: whether the text is not from the data store of the checkpoint's run. False if
+    no run is known. ValueError if no text is found.
     """
     dataset = args.dataset or args.data
     if dataset is None:
@@ -84,6 +86,14 @@ def resolve_data(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{args.dataset} is not a data store (no tokens/) and has no .txt files; {ADVICE}"
         )
+    store = _configured_store(args.checkpoint)
+    args.foreign = store is not None and args.dataset.resolve() != store.resolve()
+
+
+def result_name(args: argparse.Namespace) -> str:
+    """Name of the results file: "perplexity", with the names of foreign text and of sources."""
+    names = [args.dataset.stem] * args.foreign + (args.sources or [])
+    return re.sub(r"[^\w.-]+", "-", "_".join(["perplexity", *names]))
 
 
 def is_store(path: Path) -> bool:
@@ -110,29 +120,42 @@ def _find_sources(name: str, checkpoint: Path) -> tuple[Path, list[str]]:
 
 
 def _run_store(checkpoint: Path) -> Path:
-    """Data store of the run that wrote a checkpoint; for SFT and DPO, of the base model."""
+    """Existing data store of the run that wrote a checkpoint; ValueError without one."""
+    store = _configured_store(checkpoint)
+    if store is None:
+        raise ValueError(
+            f"no run config under logs/ names the training data of {checkpoint}; {ADVICE}"
+        )
+    if not is_store(store):
+        raise ValueError(f"the data store of {checkpoint}, {store}, is missing; {ADVICE}")
+    return store
+
+
+def _configured_store(checkpoint: Path) -> Path | None:
+    """Data store in the config of the run that wrote a checkpoint; for SFT and DPO, of the base
+    model. None without such a config.
+    """
     folder = checkpoint
     while run := _run_config(folder):
         base, config = run
         if "chat" not in config and "preferences" not in config:  # a pretraining run
-            store = base / config["data"]["store"]
-            if not is_store(store):
-                raise ValueError(f"the data store of {checkpoint}, {store}, is missing; {ADVICE}")
-            return store
+            store = (config.get("data") or {}).get("store")
+            return base / store if store else None
         folder = resolve_checkpoint(str(base / str(config.get("init_from"))))
-    raise ValueError(f"no run config under logs/ names the training data of {checkpoint}; {ADVICE}")
+    return None
 
 
 def _run_config(checkpoint: Path) -> tuple[Path, dict[str, Any]] | None:
     """Working folder and config of the run that wrote a checkpoint, or None.
 
-    Searches logs/ for the config whose output_dir is the checkpoint's folder; for an average, that
-    of its sources.
+    Searches logs/, first the folders named as those of the checkpoint, for the config whose
+    output_dir is the checkpoint's folder; for an average, that of its sources.
     """
     step = checkpoint.resolve()
     folders = (step, step.parent, *(source.resolve().parent for source in sources_of(step)))
     for base in dict.fromkeys((Path.cwd(), *step.parents)):
-        for path in sorted((base / "logs").rglob("*.config.yaml")):
+        paths = (base / "logs").rglob("*.config.yaml")
+        for path in sorted(paths, key=lambda path: (path.parent.name not in step.parts, path)):
             try:
                 config = read_yaml_file(path)
                 output = base / (

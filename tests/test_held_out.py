@@ -21,6 +21,7 @@ from data.tokenizers.bpe import load_tokenizer, token_bytes
 from evals import eval_perplexity, held_out, progress
 from evals.engines import load_model
 from evals.eval_perplexity import perplexity
+from evals.report.build import measured
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training import setup
@@ -312,6 +313,34 @@ def test_source_names_have_variants(root, monkeypatch, name, sources):
     args = flags(root, "--dataset", name)
     assert args.sources == sources and [*held_out.shards_of(args)] == sources
     assert flags(root, "--data", name).sources == sources  # as a suite's --data perplexity=NAME
+
+
+def test_other_text_and_single_sources_never_count_as_the_text_of_the_run(root, monkeypatch):
+    monkeypatch.chdir(root)
+    rows = [json.dumps({"text": f"short {i}"}) + "\n" for i in range(50)]
+    Path("many.jsonl").write_text("".join(rows))
+    Path("other").symlink_to("store")  # the run's store, by another path
+    for more in ([], ["--dataset", "many.jsonl"], ["--dataset", "pg19", "--tokens", "all"]):
+        flags = ["--checkpoint", str(GOLD), "--device", "cpu", "--tokens", "1300", *more]
+        monkeypatch.setattr(sys, "argv", ["x", *flags])
+        eval_perplexity.main()
+    folder = Path("results/nano/gold/step_6")
+    contents = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert contents.keys() == {"perplexity", "perplexity_many", "perplexity_pg19"}
+    expected = contents["perplexity"]
+    assert expected["n"] < contents["perplexity_many"]["n"] and "foreign_text" not in expected
+    assert expected["n"] < contents["perplexity_pg19"]["n"]
+    digest = expected["checkpoint_hash"]
+    assert measured(Path("results"), digest)[0]["perplexity"]["metrics"] == expected["metrics"]
+    (folder / "perplexity.json").unlink()
+    (folder / "perplexity_pg19.json").unlink()
+    assert measured(Path("results"), digest)[0] == {}
+    figures = contents["perplexity_many"]["metrics"]  # the plan's own choice of text counts
+    (folder / "decision.json").write_text(json.dumps({"metrics": figures}))
+    assert measured(Path("results"), digest)[0]["perplexity"]["metrics"] == figures
+    args = eval_perplexity.parser().parse_args(["--checkpoint", str(GOLD), "--dataset", "other"])
+    held_out.resolve_data(args)
+    assert not args.foreign
 
 
 def test_mistakes_end_in_one_sentence(root, tmp_path, text_store, monkeypatch, capfd):
