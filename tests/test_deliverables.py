@@ -416,6 +416,11 @@ def test_theta_context_and_document_mask_of_a_checkpoint(settings, tmp_path, mon
 
     output = check(0)
     assert "rope theta 80,000 (as in logs/tiny/one.config.yaml), context 64 tokens" in output
+    config, of_stage = Path("logs/tiny/one.config.yaml"), Path("logs/tiny/one/one.config.yaml")
+    of_stage.parent.mkdir()
+    config.rename(of_stage)  # as in the logs of SFT and DPO
+    assert f"rope theta 80,000 (as in {of_stage}), context 64 tokens" in check(0)
+    of_stage.rename(config)
     differences = re.search(r"differ by at most (\S+); without the mask by (\S+)", output)
     error, mixed = map(float, differences.groups())
     assert error < 1e-4 < 1e-3 < mixed
