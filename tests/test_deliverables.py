@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from html import unescape
 from pathlib import Path
 
@@ -261,6 +262,7 @@ def grow(path: Path) -> None:
 
 
 BENCHMARKS, DECISION = "results/benchmark_results.json", "results/tiny/dpo/decision.json"
+CONFIGS = "results/hyperparameters.yaml"
 DISAGREEMENTS = {
     "score in the table": (
         lambda: replace_text("results/comparison_table.md", "| 41.0 |", "| 43.0 |"),
@@ -393,12 +395,23 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(work, gather):
 
 
 def test_a_stage_that_was_left_out_is_not_missing(work, gather):
-    shutil.rmtree("checkpoints/tiny/dpo")
-    assert "checkpoints/dpo: missing" in gather(1)
-    append_event(Path("logs/tiny"), "skipped_stage", stage="dpo")
+    def skip() -> None:
+        append_event(Path("logs/tiny"), "skipped_stage", stage="dpo")
+
+    gather(0)
+    skip()  # after it ran
     output = gather(1)
     assert re.search("^checkpoints/dpo +skipped +by --skip$", output, re.M)
     assert f"{BENCHMARKS}: it reports {DPO}, not checkpoints/tiny/sft/step_3" in output
+    assert not Path("checkpoints/dpo").is_symlink() and "dpo:" not in Path(CONFIGS).read_text()
+    gather(0, "--checkpoint", str(DPO))  # chosen by the user
+    for logs, event in (("logs/tiny", "used_stage"), ("logs/tiny/dpo", "begun")):
+        skip()
+        time.sleep(0.002)  # events have milliseconds
+        append_event(Path(logs), event, stage="dpo")
+        gather(0)
+    shutil.rmtree("checkpoints/tiny/dpo")
+    assert "checkpoints/dpo: missing" in gather(1)
 
 
 def test_theta_context_and_document_mask_of_a_checkpoint(settings, tmp_path, monkeypatch, capsys):
