@@ -401,7 +401,7 @@ def test_mistakes_of_the_command_are_told_in_a_sentence(folder, tmp_path, monkey
     assert "set a --password" in said("--checkpoint", folder, "--share")
     assert "set a --password" in said("--checkpoint", folder, "--host", "0.0.0.0")
     assert "must be at least 0 and at most 65535" in said("--checkpoint", folder, "--port", 99_999)
-    assert "neither a GGUF file (*.gguf) nor a checkpoint" in said(
+    assert "is not a checkpoint: it has no config.json" in said(
         "--checkpoint", tmp_path, "--port", 0
     )
     assert "argument --context: -5 must be at least 1" in said(
