@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from cli import PORT, ROOT, CommandParser, add_boolean, int_at_least, user_errors
-from data.chat.trained_chat import offered
 from demo.guard import LOCAL, LOOPBACK, Guard
 from demo.markup import SCRIPT
 from demo.page import CSS, build
-from demo.talk import ChatModel, title
+from demo.talk import open_chat_model
 from files import step_number
-from inference.open_model import open_model, trained_chat
 from inference.server import free_port
 from models.hf import resolve_checkpoint
+from training.planning.stages import skipped_stages
 
 STAGES = ("midtrain", "sft", "dpo")  # in order; all other folders are pretraining phases
 
@@ -65,7 +64,8 @@ def main() -> None:
 def newest_model(*roots: Path) -> Path:
     """Return the model to open under checkpoints/ of the first root that has one, else ValueError.
 
-    Chooses the run with the newest chat model, then the newest model of its furthest stage.
+    Chooses the run with the newest chat model, then the newest model of its furthest stage that the
+    run's plan did not skip.
     """
     for root in roots:
         runs: dict[Path, list[tuple[int, int, Path]]] = {}  # -> (stage, time, folder) of its models
@@ -75,6 +75,8 @@ def newest_model(*roots: Path) -> Path:
                 continue
             stage = folder if step_number(folder) is None else folder.parent
             rank = STAGES.index(stage.name) if stage.name in STAGES else -1
+            if rank >= 0 and stage.name in skipped_stages(root / "logs" / stage.parent.name):
+                rank = -2
             # Retention changes the modification time of the folder, but not of config.json.
             runs.setdefault(stage.parent, []).append((rank, config.stat().st_mtime_ns, folder))
         if runs:
@@ -98,12 +100,6 @@ def launch(
     if share and not page.share_url:
         raise ValueError("Gradio's servers are not reachable for a public link; omit --share")
     return page.share_url or page.local_url
-
-
-def open_chat_model(path: Path, context: int | None, tools: list[str] | None = None) -> ChatModel:
-    """Load a folder or GGUF file. tools: names to offer (default: the tools of chat training)."""
-    chat, runner = open_model(path, context)
-    return ChatModel(title(path), runner, chat, offered(trained_chat(path), tools))
 
 
 if __name__ == "__main__":

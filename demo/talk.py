@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data.chat.tools import TOOLS
+from data.chat.trained_chat import offered
 from inference.chat_formats import ChatFormat, CompletionFormat
 from inference.chat_session import CUT, ChatSession
+from inference.open_model import open_model, trained_chat
 from inference.runners import Runner
 from inference.sampling import Sampling
 
@@ -161,3 +163,9 @@ def title(path: Path) -> str:
         return path.name
     start = parts.index("checkpoints") + 1 if "checkpoints" in parts else -2
     return "/".join(parts[start:])
+
+
+def open_chat_model(path: Path, context: int | None, tools: list[str] | None = None) -> ChatModel:
+    """Load a folder or GGUF file. tools: names to offer (default: the tools of chat training)."""
+    chat, runner = open_model(path, context)
+    return ChatModel(title(path), runner, chat, offered(trained_chat(path), tools))

@@ -54,9 +54,7 @@ NANOLLAMA = (*TYPES, *EXPERT_TYPES, GPTConfig.model_type)
 
 def check_checkpoint(checkpoint: Path) -> None:
     """ValueError unless the path is a model folder or a file with the suffix of GGUF files."""
-    if not checkpoint.exists():
-        raise ValueError(f"checkpoint {checkpoint} does not exist; give a folder or a .gguf file")
-    if checkpoint.suffix != ".gguf":
+    if checkpoint.suffix != ".gguf" or not checkpoint.exists():
         check_model_folder(checkpoint)
 
 

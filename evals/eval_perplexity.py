@@ -4,6 +4,9 @@ python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold
 python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold --dataset stem-validation
 python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold --dataset my_texts.jsonl
 
+The results file of other data and of single sources has their name, and the report never takes
+other data for those of the run.
+
 The default data are the validation split of the checkpoint's own run: about --tokens tokens per
 source, evenly spread over the split, packed into rows as in training. With --stride, a store is
 scored document by document. Texts are always scored that way (.jsonl with `text` and optional
@@ -37,6 +40,7 @@ from evals.held_out import (
     documents,
     is_store,
     resolve_data,
+    result_name,
     shards_of,
     token_count,
 )
@@ -177,7 +181,8 @@ def _metadata(
         "tokens_per_source": args.tokens or None,
     }
     data = {"data": str(args.dataset), "data_hashes": data_hashes(args), "coverage": coverage}
-    return {"checkpoint": str(args.checkpoint), **data, **settings}
+    foreign = {"foreign_text": True} if args.foreign else {}
+    return {"checkpoint": str(args.checkpoint), **data, **foreign, **settings}
 
 
 def score(item: Item) -> Score:
@@ -269,8 +274,8 @@ def parser() -> argparse.ArgumentParser:
     parser = eval_parser(__doc__, shots=None)
     parser.add_argument(
         "--dataset",
-        help="a data store, a .jsonl or .txt file, a folder of .txt files, or a source of the "
-        "run's store such as fineweb-edu-validation (default: the whole store of the run)",
+        help="a data store, a .jsonl or .txt file, a folder of .txt files, or a source or group of "
+        "the run's store such as fineweb-edu-validation (default: the whole store of the run)",
     )
     parser.add_argument(
         "--tokens",
@@ -327,7 +332,7 @@ def main() -> None:
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):
         check_checkpoint(args.checkpoint)
         resolve_data(args)
-        args.output = output_path(args.output, args.checkpoint, "perplexity")
+        args.output = output_path(args.output, args.checkpoint, result_name(args))
         model = load_model(args.checkpoint, device, args.dtype, args.batch_size)
         content = measure(args, model, rank, world)
         if rank == 0:

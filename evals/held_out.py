@@ -1,11 +1,13 @@
 """Validation text for eval_perplexity: finds the data and chooses the documents or rows to score.
 
 `--dataset` is a data store, a .jsonl file of texts, a .txt file, a folder of .txt files, or a
-source in the store of the checkpoint's own run. The default is every source of that store.
+source or group of sources in the store of the checkpoint's own run. The default is every source of
+that store.
 """
 
 import argparse
 import hashlib
+import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cli import int_at_least
+from data.corpus.sources import sources_of as corpus_sources
 from data.decontamination.benchmarks import stream_jsonl
 from data.manifest import file_hash
 from data.packing import StreamRows, document_table
@@ -63,9 +66,10 @@ def evenly_spaced(lengths: np.ndarray, budget: int) -> np.ndarray:
 
 
 def resolve_data(args: argparse.Namespace) -> None:
-    """Set args.dataset to an existing path, and args.sources if --dataset names a source.
+    """Set args.dataset to an existing path, and args.sources if --dataset names sources.
 
-    ValueError if no text is found.
+    Sets args.foreign: whether the text is not from the data store of the checkpoint's run. False if
+    no run is known. ValueError if no text is found.
     """
     dataset = args.dataset or args.data
     if dataset is None:
@@ -73,22 +77,31 @@ def resolve_data(args: argparse.Namespace) -> None:
     elif Path(dataset).exists():
         args.dataset = Path(dataset)
     else:
-        args.dataset, source = _find_source(str(dataset), args.checkpoint)
-        if args.sources not in (None, [source]):
-            raise ValueError(f"--dataset {dataset} already names one source; omit --sources")
-        args.sources = [source]
+        args.dataset, sources = _find_sources(str(dataset), args.checkpoint)
+        if args.sources not in (None, sources):
+            names = ", ".join(sources)
+            raise ValueError(f"--dataset {dataset} already names {names}; omit --sources")
+        args.sources = sources
     if args.dataset.is_dir() and not is_store(args.dataset) and not _txt_files(args.dataset):
         raise ValueError(
             f"{args.dataset} is not a data store (no tokens/) and has no .txt files; {ADVICE}"
         )
+    store = _configured_store(args.checkpoint)
+    args.foreign = store is not None and args.dataset.resolve() != store.resolve()
+
+
+def result_name(args: argparse.Namespace) -> str:
+    """Name of the results file: "perplexity", with the names of foreign text and of sources."""
+    names = [args.dataset.stem] * args.foreign + (args.sources or [])
+    return re.sub(r"[^\w.-]+", "-", "_".join(["perplexity", *names]))
 
 
 def is_store(path: Path) -> bool:
     return (path / "tokens").is_dir()
 
 
-def _find_source(name: str, checkpoint: Path) -> tuple[Path, str]:
-    """Store and source for a name such as fineweb-edu or fineweb-edu-validation."""
+def _find_sources(name: str, checkpoint: Path) -> tuple[Path, list[str]]:
+    """Store and sources for the name of a source or group; it may end in -validation."""
     try:
         store = _run_store(checkpoint)
     except ValueError as error:
@@ -97,8 +110,9 @@ def _find_source(name: str, checkpoint: Path) -> tuple[Path, str]:
     normalised = {source.replace("-", "_").lower(): source for source in present}
     key = name.replace("-", "_").lower()
     for candidate in (key, key.removesuffix("_validation")):
-        if candidate in normalised:
-            return store, normalised[candidate]
+        names = (candidate,) if candidate in normalised else corpus_sources(candidate)
+        if normalised.keys() >= set(names):
+            return store, [normalised[name] for name in names]
     raise ValueError(
         f"{name} is neither a path nor a source of {store}; "
         f"available sources: {', '.join(present) or 'none'}"
@@ -106,29 +120,42 @@ def _find_source(name: str, checkpoint: Path) -> tuple[Path, str]:
 
 
 def _run_store(checkpoint: Path) -> Path:
-    """Data store of the run that wrote a checkpoint; for SFT and DPO, of the base model."""
+    """Existing data store of the run that wrote a checkpoint; ValueError without one."""
+    store = _configured_store(checkpoint)
+    if store is None:
+        raise ValueError(
+            f"no run config under logs/ names the training data of {checkpoint}; {ADVICE}"
+        )
+    if not is_store(store):
+        raise ValueError(f"the data store of {checkpoint}, {store}, is missing; {ADVICE}")
+    return store
+
+
+def _configured_store(checkpoint: Path) -> Path | None:
+    """Data store in the config of the run that wrote a checkpoint; for SFT and DPO, of the base
+    model. None without such a config.
+    """
     folder = checkpoint
     while run := _run_config(folder):
         base, config = run
         if "chat" not in config and "preferences" not in config:  # a pretraining run
-            store = base / config["data"]["store"]
-            if not is_store(store):
-                raise ValueError(f"the data store of {checkpoint}, {store}, is missing; {ADVICE}")
-            return store
+            store = (config.get("data") or {}).get("store")
+            return base / store if store else None
         folder = resolve_checkpoint(str(base / str(config.get("init_from"))))
-    raise ValueError(f"no run config under logs/ names the training data of {checkpoint}; {ADVICE}")
+    return None
 
 
 def _run_config(checkpoint: Path) -> tuple[Path, dict[str, Any]] | None:
     """Working folder and config of the run that wrote a checkpoint, or None.
 
-    Searches logs/ for the config whose output_dir is the checkpoint's folder; for an average, that
-    of its sources.
+    Searches logs/, first the folders named as those of the checkpoint, for the config whose
+    output_dir is the checkpoint's folder; for an average, that of its sources.
     """
     step = checkpoint.resolve()
     folders = (step, step.parent, *(source.resolve().parent for source in sources_of(step)))
     for base in dict.fromkeys((Path.cwd(), *step.parents)):
-        for path in sorted((base / "logs").rglob("*.config.yaml")):
+        paths = (base / "logs").rglob("*.config.yaml")
+        for path in sorted(paths, key=lambda path: (path.parent.name not in step.parts, path)):
             try:
                 config = read_yaml_file(path)
                 output = base / (

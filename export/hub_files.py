@@ -55,9 +55,8 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
 
     ValueError if the folder is missing, is not a checkpoint, or lacks weights or a tokenizer.
     """
-    if not folder.is_dir():
-        state = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"--checkpoint {folder} {state}; give a checkpoint folder, e.g. step_1000")
+    if folder.is_file():
+        raise ValueError(f"--checkpoint {folder} is a file; give a checkpoint folder")
     check_model_folder(folder)
     paths = [folder / name for name in COMPANIONS] + weight_files(folder) + template_files(folder)
     files = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from data.chat.trained_chat import ChatDefaults, read_chat_defaults
-from files import checkpoint_advice
 from inference.chat_formats import ChatFormat, open_chat_format
 from inference.gguf_tokenizer import tokenizer_folder
 from inference.runners import GgufRunner, Runner, TorchRunner
 from machine import default_device
+from models.hf import check_model_folder
 
 
 def open_model(path: Path, context: int | None) -> tuple[ChatFormat, Runner]:
@@ -19,11 +19,7 @@ def open_model(path: Path, context: int | None) -> tuple[ChatFormat, Runner]:
     check_context(context)
     if path.suffix == ".gguf":
         return open_chat_format(path), GgufRunner(path, context or trained_context(path))
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"{path} is neither a GGUF file (*.gguf) nor a checkpoint: it has no config.json; "
-            f"{checkpoint_advice(path)}"
-        )
+    check_model_folder(path)
     length = context or trained_context(path)
     return open_chat_format(path), TorchRunner(path, default_device(), length)
 

@@ -49,11 +49,15 @@ def resolve_checkpoint(path: str) -> Path:
 
 
 def check_model_folder(folder: Path) -> None:
-    """ValueError if a folder is not a checkpoint."""
-    if not (folder / "config.json").is_file():
-        _refuse_adapter(folder)
-        advice = download_advice(folder) or checkpoint_advice(folder)
-        raise ValueError(f"{folder} is not a checkpoint: it has no config.json; {advice}")
+    """ValueError unless a folder has a config.json: it is missing, or not a checkpoint."""
+    if (folder / "config.json").is_file():
+        return
+    _refuse_adapter(folder)
+    advice = download_advice(folder)
+    if not folder.exists():
+        raise ValueError(f"checkpoint {folder} does not exist; {advice or 'check the path'}")
+    advice = advice or checkpoint_advice(folder)
+    raise ValueError(f"{folder} is not a checkpoint: it has no config.json; {advice}")
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -298,12 +302,8 @@ def read_config(folder: Path) -> AnyConfig:
 
 def config_json(folder: Path) -> dict[str, Any]:
     """Read a folder's config.json; ValueError if it is missing or damaged."""
-    path = folder / "config.json"
-    if not path.is_file():
-        _refuse_adapter(folder)
-        written = "give a folder that save_pretrained or train.py wrote"
-        raise ValueError(f"{folder} has no config.json; {download_advice(folder) or written}")
-    return read_json(path)
+    check_model_folder(folder)
+    return read_json(folder / "config.json")
 
 
 def load_weights(model: AnyModel, folder: Path, new_tokens: range | None = None) -> None:

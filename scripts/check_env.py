@@ -33,7 +33,7 @@ from training.planning.plan import Plan, load_plan
 
 PLAN_1B = "configs/plan_1b.yaml"
 LARGE = 1e9  # parameters; larger models need one GPU per rank and MIN_DISK_GB
-MIN_DISK_GB = 500  # minimum; scripts.plan may require more
+MIN_DISK_GB = 500  # minimum; the forecast of the plan may require more
 QUICKSTART_GB = 2
 NEEDED = (
     "torch",
@@ -64,6 +64,12 @@ def main() -> None:
     size = run.model.num_parameters
     if size >= LARGE:
         print(f"           {size / 1e9:.1f}B plan {verdict(problems + missing)}")
+        least, most, free = disk_gb(plan)
+        if least <= free < most:
+            print(
+                f"warning: {free:.0f} GB of disk are free here; the {size / 1e9:.1f}B plan needs "
+                f"{least} to {most} GB, depending on how well its text compresses"
+            )
     for problem in problems + (missing if args.plan else []):
         print(f"to do: {problem}")
     if not args.plan:
@@ -81,14 +87,12 @@ def missing_for(plan: Plan, run: RunConfig) -> list[str]:
     if run.model.num_parameters < LARGE:
         return []
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    free = shutil.disk_usage(".").free / 1e9
-    disk = forecast(plan, "h100")["disk"]
-    need = max(MIN_DISK_GB, round((disk["checkpoints"] + disk["tokens"] + disk["text"]) / 1e9))
     missing = [f"needs {plan.ranks} GPUs ({gpus} found)"] if gpus < plan.ranks else []
-    if free < need:
-        missing.append(
-            f"needs {need} GB of disk, less if text is compressed ({free:.0f} GB free here)"
-        )
+    least, most, free = disk_gb(plan)
+    if free < least:
+        size = f"{least} to {most} GB of disk, depending on how well its text compresses"
+        size = size if least < most else f"{most} GB of disk"
+        missing.append(f"needs {size} ({free:.0f} GB free here)")
     if absent := [name for name in EVALUATION if _version(name) is None]:
         packages = ", ".join(absent)
         missing.append(f"needs {packages} for its evaluations (pip install -r requirements.txt)")
@@ -106,6 +110,17 @@ def missing_for(plan: Plan, run: RunConfig) -> list[str]:
             "then run hf auth login)"
         )
     return missing
+
+
+def disk_gb(plan: Plan) -> tuple[int, int, float]:
+    """Return the disk that a plan needs without text, with uncompressed text, and the free disk.
+
+    In GB. The text is stored compressed, so the plan needs a size between the first two.
+    """
+    disk = forecast(plan, "h100")["disk"]
+    least = disk["checkpoints"] + disk["tokens"]
+    needs = [max(MIN_DISK_GB, round(size / 1e9)) for size in (least, least + disk["text"])]
+    return needs[0], needs[1], shutil.disk_usage(".").free / 1e9
 
 
 def gated_sources(plan: Plan) -> list[str]:

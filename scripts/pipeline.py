@@ -25,6 +25,7 @@ from pathlib import Path
 from cli import CommandParser, int_at_least, user_errors
 from training.planning.pipeline import Pipeline
 from training.planning.plan import load_plan, scheduled_phases
+from training.planning.stages import final_folder, skipped_stages
 from training.run_folder import locked
 
 
@@ -73,11 +74,18 @@ def main() -> None:
                 pipeline.branch(args.branch, args.at, args.steps)
             else:
                 pipeline.run(frozenset(args.redo), frozenset(args.skip))
+                for name in sorted(skipped_stages(pipeline.logs) - set(args.skip)):
+                    text = f"stage {name} is used again; to skip it, repeat --skip {name}"
+                    pipeline.event("used_stage", text, stage=name)
     if args.accept and pipeline.accept == args.accept:
         print("\n--accept was not used, because no gate said no-go")
     print(f"\nDone in {time.monotonic() - start:.0f} s.")
     if plan.next and not args.branch:
-        print("Next:", *plan.next, sep="\n    ")
+        folders = {entry.run.phase: entry.run.checkpoints for entry in pipeline.scheduled_phases}
+        folders |= {stage.name: Path(stage.output_dir) for stage in plan.stages}
+        checkpoint = str(final_folder(folders, pipeline.logs))
+        lines = [line.replace("{checkpoint}", checkpoint) for line in plan.next]
+        print("Next:", *lines, sep="\n    ")
 
 
 def _extension(text: str) -> tuple[str, int]:

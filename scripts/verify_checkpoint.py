@@ -110,14 +110,16 @@ def describe(folder: Path) -> str:
 def model_faults(folder: Path) -> Iterator[str]:
     """Check rotary positions and the document mask of a checkpoint: print figures, yield errors.
 
-    Theta and YaRN must equal the settings in the phase's config in logs/<run>. Two documents packed
-    in one row must get the same logits as each document alone.
+    Theta and YaRN must equal the settings in the config of the phase or stage, in logs/<run> or
+    logs/<run>/<stage>. Two documents packed in one row must get the same logits as each document
+    alone.
     """
     model = load_hf(folder).float().eval()
     theta, context = model.config.rope_theta, model.config.max_position_embeddings
     scaling = model.config.rope_scaling
     phase = folder.resolve().parent
-    path = Path("logs") / phase.parent.name / f"{phase.name}.config.yaml"
+    logs, name = Path("logs") / phase.parent.name, f"{phase.name}.config.yaml"
+    path = next((p for p in (logs / name, logs / phase.name / name) if p.is_file()), logs / name)
     run = settings(path)
     setting = run.get("rope_theta")
     first, last = setting if isinstance(setting, list) else (setting, setting)

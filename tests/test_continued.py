@@ -262,7 +262,7 @@ def test_another_tokenizer_is_refused(base, store, other, tmp_path, capsys, monk
     assert "was trained with another tokenizer than" in words and "tokenizer.folder" in words
     lost = ["--config", str(CONTINUE), "--init_from", "nowhere", f"data.store={store}"]
     words = complaint_of(train.main, lost, capsys, monkeypatch)
-    assert "nowhere has no config.json; give a folder that save_pretrained" in words
+    assert "checkpoint nowhere does not exist; check the path" in words
 
 
 def test_a_model_of_the_hub_gets_the_command_that_downloads_it(tmp_path, capsys, monkeypatch):

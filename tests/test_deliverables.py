@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from html import unescape
 from pathlib import Path
 
@@ -191,6 +192,11 @@ def everything(folder: Path) -> dict[str, bytes | str]:
 
 
 def test_everything_is_gathered_and_a_second_run_changes_nothing(work, gather):
+    for task in ("perplexity", "hellaswag", "needle"):  # of other data, with other flags
+        by_hand = json.loads(Path(f"results/tiny/dpo/{task}.json").read_text())
+        for estimate in by_hand["metrics"].get("all", by_hand["metrics"]).values():
+            estimate["value"] = 0.9
+        put(f"results/tiny/dpo/step_2/{task}.json", {**by_hand, "n": 99_999})
     first = gather(0)
     assert "21 of 21 deliverables are present and agree" in first
     assert "0.41, MVP, within one standard error of MVP" in first
@@ -256,6 +262,7 @@ def grow(path: Path) -> None:
 
 
 BENCHMARKS, DECISION = "results/benchmark_results.json", "results/tiny/dpo/decision.json"
+CONFIGS = "results/hyperparameters.yaml"
 DISAGREEMENTS = {
     "score in the table": (
         lambda: replace_text("results/comparison_table.md", "| 41.0 |", "| 43.0 |"),
@@ -388,12 +395,23 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(work, gather):
 
 
 def test_a_stage_that_was_left_out_is_not_missing(work, gather):
-    shutil.rmtree("checkpoints/tiny/dpo")
-    assert "checkpoints/dpo: missing" in gather(1)
-    append_event(Path("logs/tiny"), "skipped_stage", stage="dpo")
+    def skip() -> None:
+        append_event(Path("logs/tiny"), "skipped_stage", stage="dpo")
+
+    gather(0)
+    skip()  # after it ran
     output = gather(1)
     assert re.search("^checkpoints/dpo +skipped +by --skip$", output, re.M)
     assert f"{BENCHMARKS}: it reports {DPO}, not checkpoints/tiny/sft/step_3" in output
+    assert not Path("checkpoints/dpo").is_symlink() and "dpo:" not in Path(CONFIGS).read_text()
+    gather(0, "--checkpoint", str(DPO))  # chosen by the user
+    for logs, event in (("logs/tiny", "used_stage"), ("logs/tiny/dpo", "begun")):
+        skip()
+        time.sleep(0.002)  # events have milliseconds
+        append_event(Path(logs), event, stage="dpo")
+        gather(0)
+    shutil.rmtree("checkpoints/tiny/dpo")
+    assert "checkpoints/dpo: missing" in gather(1)
 
 
 def test_theta_context_and_document_mask_of_a_checkpoint(settings, tmp_path, monkeypatch, capsys):
@@ -411,6 +429,11 @@ def test_theta_context_and_document_mask_of_a_checkpoint(settings, tmp_path, mon
 
     output = check(0)
     assert "rope theta 80,000 (as in logs/tiny/one.config.yaml), context 64 tokens" in output
+    config, of_stage = Path("logs/tiny/one.config.yaml"), Path("logs/tiny/one/one.config.yaml")
+    of_stage.parent.mkdir()
+    config.rename(of_stage)  # as in the logs of SFT and DPO
+    assert f"rope theta 80,000 (as in {of_stage}), context 64 tokens" in check(0)
+    of_stage.rename(config)
     differences = re.search(r"differ by at most (\S+); without the mask by (\S+)", output)
     error, mixed = map(float, differences.groups())
     assert error < 1e-4 < 1e-3 < mixed

@@ -21,7 +21,7 @@ from data.chat.tokenizer import save_chat_tokenizer
 from data.chat.tools import TOOLS, run_tool
 from data.tokenizers.bpe import save_tokenizer, train_tokenizer
 from demo.page import build, heading, meter
-from demo.talk import GenerationSettings, Turn
+from demo.talk import GenerationSettings, Turn, open_chat_model
 from export.gguf import write_gguf
 from inference.gguf_tokenizer import read_vocabulary
 from inference.llamacpp import find_library
@@ -255,7 +255,7 @@ def test_two_side_by_side_behind_a_password(browser, folder, tmp_path, monkeypat
     write_gguf(
         folder, {"f16": path}, read_vocabulary(folder, size).put, "tiny", say=lambda line: None
     )
-    page = build([demo_ui.open_chat_model(folder, None), demo_ui.open_chat_model(path, 1024)])
+    page = build([open_chat_model(folder, None), open_chat_model(path, 1024)])
     try:
         url = demo_ui.launch(page, "127.0.0.1", demo_ui.free_port("127.0.0.1", 0), "open sesame")
         with Window(browser, url, "open sesame", viewport={"width": 1300, "height": 800}) as window:
@@ -303,7 +303,7 @@ def both_kinds(folder: Path) -> list[Path]:
 def test_a_base_model_continues_what_is_typed(folder, tmp_path):
     base = base_of(folder, tmp_path / "base")
     for path in both_kinds(base):
-        chat_model = demo_ui.open_chat_model(path, None)
+        chat_model = open_chat_model(path, None)
         turns: list[Turn] = []
         for _ in range(2):  # its prompt does not contain the first
             turns.append(Turn("What is <|im_end|>"))
@@ -359,7 +359,7 @@ def test_another_template_than_ours_is_spoken(folder, tmp_path):
     )["input_ids"]
     end = Chat.from_folder(folder).ids[IM_END]
     for path in (*both_kinds(filed), named):
-        chat_model = demo_ui.open_chat_model(path, None)
+        chat_model = open_chat_model(path, None)
         assert (
             chat_model.chat.prompt(messages, TOOLS) == expected
             and end in chat_model.chat.stop_ids
@@ -383,11 +383,11 @@ def test_another_template_than_ours_is_spoken(folder, tmp_path):
     for name in ("tokenizer_config.json", "tokenizer.json"):
         (filed / name).write_text("{")
         with pytest.raises(ValueError, match=f"{filed / name} is damaged"):
-            demo_ui.open_chat_model(filed, None)
+            open_chat_model(filed, None)
         shutil.copy(named / name, filed)
     (filed / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=f"{filed} has no tokenizer.json"):
-        demo_ui.open_chat_model(filed, None)
+        open_chat_model(filed, None)
 
 
 def test_mistakes_of_the_command_are_told_in_a_sentence(folder, tmp_path, monkeypatch, capsys):
@@ -401,7 +401,7 @@ def test_mistakes_of_the_command_are_told_in_a_sentence(folder, tmp_path, monkey
     assert "set a --password" in said("--checkpoint", folder, "--share")
     assert "set a --password" in said("--checkpoint", folder, "--host", "0.0.0.0")
     assert "must be at least 0 and at most 65535" in said("--checkpoint", folder, "--port", 99_999)
-    assert "neither a GGUF file (*.gguf) nor a checkpoint" in said(
+    assert "is not a checkpoint: it has no config.json" in said(
         "--checkpoint", tmp_path, "--port", 0
     )
     assert "argument --context: -5 must be at least 1" in said(

@@ -38,7 +38,7 @@ def complaint(capfd, monkeypatch, arguments: list[str]) -> str:
         ("model.vocab_size=500", f"has {VOCAB} tokens but model.vocab_size=500"),
         ("data.mix={third: 1}", "has no such source; available: first, second"),
         ("data.store=nowhere", "no data store found at nowhere"),
-        ("init_from=nowhere", "nowhere has no config.json"),
+        ("init_from=nowhere", "checkpoint nowhere does not exist"),
         ("resume_from=nowhere", "nowhere has no complete checkpoint"),
         ("log.wandb_project=x", "wandb is not installed"),
         ("parallel.compile=true", "torch.compile needs a compiler: install gcc"),

@@ -16,6 +16,7 @@ from evals import eval_gsm8k, eval_needle, eval_tool_use, eval_toxicity
 from evals.cost import command_tokens
 from scripts import plan as plan_command
 from training.config import load
+from training.logger import append_event
 from training.planning.cards import GPUS
 from training.planning.cost import forecast
 from training.planning.forecast_text import forecast_text
@@ -96,6 +97,10 @@ def test_the_demo_opens_the_furthest_stage_of_the_newest_run(
         os.utime(folder / "config.json", (seconds, seconds))
         expected = tmp_path / "checkpoints" / later.get(name, name)
         assert demo_ui.newest_model(tmp_path / "none", tmp_path) == expected
+        if name == "nano/dpo/step_1":
+            append_event(tmp_path / "logs" / "nano", "skipped_stage", stage="dpo")
+            chosen = demo_ui.newest_model(tmp_path)
+            assert chosen == tmp_path / "checkpoints" / "nano/sft/step_3"
     for name in ("nano/dpo/step_7", "nano/dpo/step_8.tmp"):  # without weights: incomplete
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "config.json").touch()

@@ -242,7 +242,7 @@ def test_a_gguf_file_equals_its_checkpoint(checkpoint, text_store, tmp_path, mon
 
 def test_bad_gguf_files(tmp_path):
     pytest.importorskip("gguf")
-    with pytest.raises(ValueError, match="does not exist; give a folder"):
+    with pytest.raises(ValueError, match="does not exist; check the path"):
         load_model(tmp_path / "none.gguf")
     (tmp_path / "odd.gguf").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="is not a GGUF file"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, complaint_of, save_tiny, tiny_config
 
+from data.corpus.sources import GROUPS
 from data.dataloader import validation_batches
 from data.decontamination.benchmarks import stream_jsonl
 from data.packing import StreamRows
@@ -20,6 +21,7 @@ from data.tokenizers.bpe import load_tokenizer, token_bytes
 from evals import eval_perplexity, held_out, progress
 from evals.engines import load_model
 from evals.eval_perplexity import perplexity
+from evals.report.build import measured
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training import setup
@@ -290,10 +292,10 @@ def test_the_store_is_that_of_the_pretraining_run(root, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    ("name", "source"),
+    ("name", "sources"),
     [
         *(
-            (name, "fineweb_edu")
+            (name, ["fineweb_edu"])
             for name in (
                 "fineweb-edu-validation",
                 "fineweb_edu",
@@ -301,14 +303,44 @@ def test_the_store_is_that_of_the_pretraining_run(root, tmp_path, monkeypatch, c
                 "FineWeb-Edu_validation",
             )
         ),
-        *((name, "pg19") for name in ("pg19", "PG19-validation")),
+        *((name, ["pg19"]) for name in ("pg19", "PG19-validation")),
+        ("books-mixed-validation", ["pg19", "fineweb_edu"]),  # a group
     ],
 )
-def test_source_names_have_variants(root, monkeypatch, name, source):
+def test_source_names_have_variants(root, monkeypatch, name, sources):
     monkeypatch.chdir(root)
+    monkeypatch.setitem(GROUPS, "books_mixed", ("pg19", "fineweb_edu"))
     args = flags(root, "--dataset", name)
-    assert args.sources == [source] and [*held_out.shards_of(args)] == [source]
-    assert flags(root, "--data", name).sources == [source]  # as a suite's --data perplexity=NAME
+    assert args.sources == sources and [*held_out.shards_of(args)] == sources
+    assert flags(root, "--data", name).sources == sources  # as a suite's --data perplexity=NAME
+
+
+def test_other_text_and_single_sources_never_count_as_the_text_of_the_run(root, monkeypatch):
+    monkeypatch.chdir(root)
+    rows = [json.dumps({"text": f"short {i}"}) + "\n" for i in range(50)]
+    Path("many.jsonl").write_text("".join(rows))
+    Path("other").symlink_to("store")  # the run's store, by another path
+    for more in ([], ["--dataset", "many.jsonl"], ["--dataset", "pg19", "--tokens", "all"]):
+        flags = ["--checkpoint", str(GOLD), "--device", "cpu", "--tokens", "1300", *more]
+        monkeypatch.setattr(sys, "argv", ["x", *flags])
+        eval_perplexity.main()
+    folder = Path("results/nano/gold/step_6")
+    contents = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert contents.keys() == {"perplexity", "perplexity_many", "perplexity_pg19"}
+    expected = contents["perplexity"]
+    assert expected["n"] < contents["perplexity_many"]["n"] and "foreign_text" not in expected
+    assert expected["n"] < contents["perplexity_pg19"]["n"]
+    digest = expected["checkpoint_hash"]
+    assert measured(Path("results"), digest)[0]["perplexity"]["metrics"] == expected["metrics"]
+    (folder / "perplexity.json").unlink()
+    (folder / "perplexity_pg19.json").unlink()
+    assert measured(Path("results"), digest)[0] == {}
+    figures = contents["perplexity_many"]["metrics"]  # the plan's own choice of text counts
+    (folder / "decision.json").write_text(json.dumps({"metrics": figures}))
+    assert measured(Path("results"), digest)[0]["perplexity"]["metrics"] == figures
+    args = eval_perplexity.parser().parse_args(["--checkpoint", str(GOLD), "--dataset", "other"])
+    held_out.resolve_data(args)
+    assert not args.foreign
 
 
 def test_mistakes_end_in_one_sentence(root, tmp_path, text_store, monkeypatch, capfd):
@@ -331,7 +363,9 @@ def test_mistakes_end_in_one_sentence(root, tmp_path, text_store, monkeypatch, c
     assert "give --dataset a data store" in said("--checkpoint", stray)
     assert "pg19 does not exist; give --dataset" in said("--checkpoint", stray, "--dataset", "pg19")
     assert "available sources: fineweb_edu, pg19" in said("--dataset", "c4-validation")
-    assert "already names one source" in said("--dataset", "pg19", "--sources", "fineweb_edu")
+    assert "already names pg19" in said("--dataset", "pg19", "--sources", "fineweb_edu")
+    group = said("--dataset", "pg19_and_stack_mixed-validation")  # one of the two is missing
+    assert "pg19_and_stack_mixed-validation is neither a path nor a source of" in group
     assert "has no .txt files" in said("--dataset", tmp_path / "empty")
     assert "too few for one row of 9999999" in said("--sequence_length", "9999999")
     (tmp_path / "x.txt").write_text("a text")

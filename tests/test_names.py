@@ -238,7 +238,9 @@ def test_commands_find_the_projects_configs_from_any_folder(tmp_path, monkeypatc
 # readiness of the machine
 
 
-@pytest.mark.parametrize(("free", "gpus"), [(34, 0), (900, 2), (900, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("free", "gpus"), [(34, 0), (900, 2), (900, 1), (1, 2), (499, 2), (500, 2), (649, 2)]
+)
 def test_check_env_tells_what_the_1b_plan_lacks(free, gpus, tmp_path, monkeypatch, capsys):
     usage = check_env.shutil._ntuple_diskusage(10**12, 0, free * 10**9)
     monkeypatch.setattr(check_env.shutil, "disk_usage", lambda _: usage)
@@ -263,11 +265,10 @@ def test_check_env_tells_what_the_1b_plan_lacks(free, gpus, tmp_path, monkeypatc
     )
     assert f"ready for: quickstart {'no: small' if free < 2 else 'yes'}\n" in output
     needs = [f"needs 2 GPUs ({gpus} found)"] if gpus < 2 else []
-    needs += (
-        [f"needs 650 GB of disk, less if text is compressed ({free} GB free here)"]
-        if free < 650
-        else []
-    )
+    why = "depending on how well its text compresses"
+    warning = f"warning: {free} GB of disk are free here; the 1.1B plan needs 500 to 650 GB, {why}"
+    assert (warning in output) == (500 <= free < 650)
+    needs += [f"needs 500 to 650 GB of disk, {why} ({free} GB free here)"] * (free < 500)
     login = "https://huggingface.co/datasets/bigcode/the-stack-dedup, then run hf auth login)"
     needs += (
         [f"needs a login to the Hugging Face hub (accept the terms of {login}"] if gpus == 1 else []

@@ -29,6 +29,7 @@ from training.ops import supervisor
 from training.planning import progress
 from training.planning.gates import Gate, by_name, judge
 from training.planning.plan import load_plan, scheduled_phases
+from training.planning.stages import skipped_stages
 
 pytestmark = pytest.mark.one_layer
 
@@ -479,7 +480,8 @@ def test_a_rate_that_would_rise_again_is_refused(plan, run, settings, capfd, mon
 
 
 def test_a_stage_is_made_again_for_another_base_or_when_asked(plan, run, monkeypatch):
-    run()
+    edit_plan(plan, next=["chat {checkpoint}"])
+    assert run().stdout.endswith("Next:\n    chat checkpoints/tiny/tuned\n")
     assert (
         "Tuning" in run("--redo", "tuned").stdout
         and (plan / "checkpoints/tiny/tuned.old1/step_1").is_dir()
@@ -495,15 +497,20 @@ def test_a_stage_is_made_again_for_another_base_or_when_asked(plan, run, monkeyp
     )
     # The output has the same bits, so later stages are current.
     assert "tuned did not start from" not in output
-    stages = yaml.safe_load((plan / "plan.yaml").read_text())["stages"]
-    stages[0]["commands"] = {"Tuning": TUNING}
+    before = yaml.safe_load((plan / "plan.yaml").read_text())["stages"]
+    stages = [{**before[0], "commands": {"Tuning": TUNING}}, *before[1:]]
     edit_plan(plan, stages=stages)
     assert "the settings of stage tuned have changed" in run(status=2).stderr
-    (plan / "checkpoints/tiny/tuned").rename(plan / "checkpoints/tiny/elsewhere")
-    (plan / "checkpoints/tiny/tuned").mkdir()
-    output = run("--skip", "tuned").stdout
+    output = run("--skip", "tuned").stdout  # its checkpoints exist
     assert "stage tuned is skipped" in output and "\nlast checkpoints/tiny/two/step_8\n" in output
+    assert output.endswith("Next:\n    chat checkpoints/tiny/two\n")
+    assert skipped_stages(plan / "logs/tiny") == {"tuned"}
     assert "--skip one: the plan has tuned" in run("--skip", "one", status=2).stderr
+    run(status=2)
+    assert skipped_stages(plan / "logs/tiny") == {"tuned"}
+    edit_plan(plan, stages=before)
+    assert "stage tuned is used again" in run().stdout
+    assert skipped_stages(plan / "logs/tiny") == set()
 
 
 def test_a_rank_that_dies_is_restarted_and_one_that_dies_at_the_same_step_twice_is_not(plan, run):

@@ -10,7 +10,6 @@ from conftest import ROOT, complaint_of, save_tiny, tiny_config
 from test_dpo import dpo_here
 from test_dpo import settings as dpo_settings
 
-import demo_ui
 import train_sft
 from benchmarks import parity_dpo
 from data.chat.tokenizer import save_chat_tokenizer
@@ -19,6 +18,7 @@ from data.chat.trained_chat import KEY, ChatDefaults, name_of, offered, read_cha
 from data.manifest import read_json
 from data.synthetic import generate as synthetic
 from demo.page import tools_label
+from demo.talk import open_chat_model
 from export.gguf import write_gguf
 from export.gguf_plan import read_config
 from inference.gguf_tokenizer import read_vocabulary, tokenizer_folder
@@ -137,7 +137,7 @@ def model(request, tuned, tmp_path_factory) -> Path:
     ("flags", "context", "names"), [([], LENGTH, ["calculator"]), (["all"], 2048, ALL)]
 )
 def test_the_demo_follows_it_and_a_flag_asks_for_more(model, flags, context, names):
-    voice = demo_ui.open_chat_model(model, context if flags else None, flags or None)
+    voice = open_chat_model(model, context if flags else None, flags or None)
     assert voice.context == context and [name_of(tool) for tool in voice.tools] == names
     assert tools_label([voice]) == f"Tools: {', '.join(names)}"
     prompt = voice.chat.prompt([{"role": "user", "content": "What is 2 + 3?"}], list(voice.tools))

@@ -129,18 +129,22 @@ def opens_a_checkpoint() -> dict[Path, str]:
 
 @pytest.mark.parametrize("path", opens_a_checkpoint(), ids=lambda path: path.stem)
 def test_the_folder_of_a_run_is_not_a_checkpoint(path, run_folder, capsys, monkeypatch):
-    """Every command says so before it reads data, with the advice of the same function."""
+    """Every command says so before it reads data, in the words of the same function."""
     if path.name == "demo_ui.py":
         pytest.importorskip("gradio", reason="no gradio: pip install -r requirements-demo.txt")
-    with pytest.raises(ValueError, match="is not a checkpoint") as error:
-        check_model_folder(run_folder)
-    example = CHECKPOINT.sub(f"--checkpoint {run_folder}", opens_a_checkpoint()[path])
-    words = shlex.split(example)[2 if path.name == "demo_ui.py" else 3 :]
-    message = complaint_of(
-        lambda: runpy.run_path(str(path), run_name="__main__"), words, capsys, monkeypatch
-    )
-    assert str(error.value) in message or "neither a GGUF file (*.gguf) nor a check" in message
-    assert "; give one of its folders base, sft\n" in message
+    reasons = {
+        run_folder: "is not a checkpoint: it has no config.json; give one of its folders base, sft",
+        run_folder / "lost": "does not exist; check the path",
+    }
+    for folder, reason in reasons.items():
+        with pytest.raises(ValueError, match=f"{reason}$") as error:
+            check_model_folder(folder)
+        example = CHECKPOINT.sub(f"--checkpoint {folder}", opens_a_checkpoint()[path])
+        words = shlex.split(example)[2 if path.name == "demo_ui.py" else 3 :]
+        message = complaint_of(
+            lambda: runpy.run_path(str(path), run_name="__main__"), words, capsys, monkeypatch
+        )
+        assert message == f"error: {error.value}\n"
 
 
 def test_deliverables_of_a_run_folder(run_folder):

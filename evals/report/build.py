@@ -30,9 +30,10 @@ from evals.report.samples import as_text, samples
 from evals.report.stages import stages
 from evals.report.targets import judged_hash, markdown, read_targets, stage_folder, table
 from evals.report.trained import training
-from files import write_text
+from files import read_object, write_text
 from machine import add_device
 from models.hf import read_config, resolve_checkpoint
+from training.planning.gates import by_name
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 OUT_OF_TEN = ("mt_bench",)
@@ -43,9 +44,12 @@ def measured(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Results of a checkpoint by task, and {evaluation: reason} of those not measured.
 
-    Of several results of a task, the one with the most items is used; of equals, the newest.
+    Of several results of a task, one that a plan's decision recorded is used; without one, the one
+    with the most sources of text, then with the most items; of equals, the newest. Perplexity of
+    text that is not the run's counts only if the plan recorded it.
     """
     by_task: dict[str, dict[str, Any]] = {}
+    ranks: dict[str, tuple[bool, int, int]] = {}
     missing: dict[str, str] = {}
     for path in sorted(results.rglob("*.json"), key=lambda path: path.stat().st_mtime):
         try:
@@ -59,9 +63,21 @@ def measured(
         task = content["task"]
         if "not_measured" in content:  # a suite's summary; each evaluation has its own file
             missing |= content["not_measured"]
-        elif (content.get("n") or 0) >= (by_task.get(task, {}).get("n") or 0):
-            by_task[task] = {**content, "file": str(path)}
+            continue
+        is_recorded = _is_recorded(path, content)
+        rank = (is_recorded, len(content.get("coverage") or ()), content.get("n") or 0)
+        counts = is_recorded or not content.get("foreign_text")
+        if counts and rank >= ranks.get(task, rank):
+            by_task[task], ranks[task] = {**content, "file": str(path)}, rank
     return by_task, {name: reason for name, reason in missing.items() if name not in by_task}
+
+
+def _is_recorded(path: Path, content: dict[str, Any]) -> bool:
+    """Did a plan's decision in the same folder record the metrics of a results file?"""
+    recorded = (read_object(path.with_name("decision.json")) or {}).get("metrics") or {}
+    names = (path.stem, content["task"])  # of an evaluation in the plan, and in a suite
+    metrics = content.get("metrics") or {}
+    return any(recorded | by_name(name, metrics) == recorded for name in names)
 
 
 def contamination(path: Path) -> dict[str, Any]:

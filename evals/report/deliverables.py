@@ -17,9 +17,10 @@ from cli import flag_value
 from data.manifest import file_hash
 from evals.engines import folder_hash
 from evals.report.trained import settings
-from files import read_lines, read_object, step_folders, write_json, write_text
+from files import read_object, step_folders, write_json, write_text
 from models.hf import check_model_folder
 from training.planning.plan import Plan, load_plan, scheduled_phases
+from training.planning.stages import final_folder, skipped_stages
 
 SKIPPED = "by --skip"
 RECORD = "deliverables.json"  # path -> sha256 of each written file
@@ -80,9 +81,15 @@ class PlanOutputs:
         return (flag_value(words, name) if module in words else None) or default
 
     def stages_used(self) -> list[str]:
-        """Return the plan's stages up to the one that wrote the checkpoint."""
+        """Return the stages up to the one that wrote the checkpoint, without skipped ones."""
         names, last = list(self.stages), self.stage()
-        return names[: names.index(last) + 1] if last else []
+        names = names[: names.index(last) + 1] if last else []
+        return [name for name in names if name not in self.skipped]
+
+    @property
+    def skipped(self) -> set[str]:
+        """The skipped stages; a stage whose checkpoint is the final model is in use."""
+        return skipped_stages(self.logs) - {self.stage() or ""}
 
     def stage(self) -> str | None:
         """Return the stage that wrote the checkpoint; None for a pretraining phase."""
@@ -102,12 +109,12 @@ def open_plan(path: Path, checkpoint: Path | None, folder: Path | None) -> PlanO
     stages = {stage.name: Path(stage.output_dir) for stage in plan.stages}
     phases = {run.phase: run.checkpoints for run in runs}
     if checkpoint is None:
-        trained = [path for path in [*phases.values(), *stages.values()] if step_folders(path)]
-        if not trained:
+        trained = final_folder(phases | stages, runs[0].logs)
+        if trained is None:
             raise ValueError(
                 f"{path} has no checkpoint yet; run python -m scripts.pipeline --plan {path}"
             )
-        checkpoint = step_folders(trained[-1])[-1]
+        checkpoint = step_folders(trained)[-1]
     check_model_folder(checkpoint)
     outputs = PlanOutputs(
         plan,
@@ -137,17 +144,15 @@ def gather(outputs: PlanOutputs) -> list[Deliverable]:
             deliverables.append(Deliverable(str(outputs.destination(name)), "missing", command))
         else:
             contents[outputs.destination(name)] = content
-    skipped = {
-        event.get("stage")
-        for event in read_lines(outputs.logs / "events.jsonl")
-        if event["event"] == "skipped_stage"
-    }
+    skipped = outputs.skipped
+    obsolete: list[Path] = []  # links to the checkpoints of skipped stages
     for name, folder in checkpoint_links(outputs):
         path = outputs.destination(name)
-        if step_folders(folder):
-            links[path] = folder
-        elif path.name in skipped:
+        if path.name in skipped:
             deliverables.append(Deliverable(str(path), note=SKIPPED))
+            obsolete += [path] if path.is_symlink() and path.resolve() == folder.resolve() else []
+        elif step_folders(folder):
+            links[path] = folder
         else:
             deliverables.append(
                 Deliverable(
@@ -170,6 +175,8 @@ def gather(outputs: PlanOutputs) -> list[Deliverable]:
     for path, content in contents.items():
         write_text(path, content.decode())
         written[str(path)] = file_hash(path)
+    for path in obsolete:
+        path.unlink()
     for path, target in links.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_symlink():

@@ -101,7 +101,8 @@ class Plan:
     evals: dict[str, NonEmptyText] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()  # the results table of evals/report/build.py
     seconds: tuple[PositiveFloat, ...] = ()  # expected seconds per command, for the time left
-    next: tuple[NonEmptyText, ...] = ()  # commands to suggest after the last one
+    # commands to suggest after the last one; {checkpoint} is the folder of the final checkpoint
+    next: tuple[NonEmptyText, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,4 +1,4 @@
-"""Stages of a plan: configs that their commands name, and averages that they write or need."""
+"""Stages of a plan: configs that their commands name, averages that they need, and --skip."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from files import step_folders
+from files import read_lines, step_folders
 from training.settings import read_yaml
 from yaml_file import SUFFIXES
 
@@ -15,6 +15,37 @@ if TYPE_CHECKING:
     from training.planning.plan import PlanStage, ScheduledPhase
 
 AVERAGE = "scripts.average_checkpoints"
+
+
+def skipped_stages(logs: Path) -> set[str]:
+    """Return the stages that a plan skipped (--skip) and has not used again, from the run's logs.
+
+    A stage is used again when it is trained, and when a call without --skip ends ("used_stage").
+    """
+    skipped: dict[str, str] = {}  # stage -> time of its newest event
+    for event in read_lines(logs / "events.jsonl"):
+        if event.get("event") == "skipped_stage":
+            skipped[str(event.get("stage"))] = str(event.get("time"))
+        elif event.get("event") == "used_stage":
+            skipped.pop(str(event.get("stage")), None)
+    return {name for name, time in skipped.items() if not _was_trained(logs / name, time)}
+
+
+def _was_trained(logs: Path, since: str) -> bool:
+    return any(
+        event.get("event") in ("begun", "resumed") and str(event.get("time")) > since
+        for event in read_lines(logs / "events.jsonl")
+    )
+
+
+def final_folder(folders: Mapping[str, Path], logs: Path) -> Path | None:
+    """Return the last folder with checkpoints whose stage is not skipped; None without one.
+
+    folders: phase or stage -> its checkpoints, in order of training.
+    """
+    skipped = skipped_stages(logs)
+    trained = [path for name, path in folders.items() if name not in skipped and step_folders(path)]
+    return trained[-1] if trained else None
 
 
 def stage_settings(stage: "PlanStage") -> dict[str, dict[str, Any]]:
