@@ -1,4 +1,4 @@
-"""This machine: usable CPU cores, memory, and the device that commands compute on.
+"""This machine: CPU cores, memory, the ranks of torchrun, and the device of commands.
 
 Devices: cuda, mps (Apple silicon) and cpu. torch's mps has neither float64 nor collectives:
 docs.pytorch.org/docs/stable/notes/mps.html, github.com/pytorch/pytorch/issues/189853.
@@ -37,6 +37,11 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return this process's rank and the world size, as set by torchrun; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def missing(device: str) -> str:
