@@ -79,6 +79,19 @@ def device_name(device: "torch.device") -> str:
     return platform.processor() or "cpu"
 
 
+def gpu_utilization(device: "torch.device") -> float | None:
+    """Return the share of the last second in which a GPU ran kernels; None if unknown.
+
+    It is unknown without nvidia-ml-py, and on a part of a GPU (MIG).
+    """
+    import torch
+
+    try:
+        return torch.cuda.utilization(device) / 100
+    except Exception:  # the driver's library raises its own types
+        return None
+
+
 def exact_device(device: "torch.device") -> "torch.device":
     """Return the device for float64 and collectives: `device` itself, or the CPU for mps."""
     import torch
