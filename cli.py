@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import ranges
 from files import FULL, is_full
+from machine import rank_and_world
 from ranges import Range, shown, violation
 
 ROOT = Path(__file__).resolve().parent
@@ -65,6 +66,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         end = " " if message.endswith("?") else "; "
+        _let_rank0_report(rank_and_world()[0])
         self.exit(2, f"error: {message}{end}{self.prog} --help lists the flags\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -269,6 +271,12 @@ def print_error(text: str) -> None:
     sys.stderr.flush()
 
 
+def _let_rank0_report(rank: int) -> None:
+    """Delay the error of another rank: rank 0 usually has the same, and its exit ends this rank."""
+    if rank:
+        time.sleep(2)
+
+
 @contextmanager
 def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
     """Print this project's ValueErrors, path errors and disk errors as "error: ..."; exit with 2.
@@ -299,8 +307,7 @@ def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
         full = is_full(error)
         if not (ours or disk or full):
             raise
-        if rank:
-            time.sleep(2)  # rank 0 usually has the same error; its exit ends this rank first
+        _let_rank0_report(rank)
         text = " ".join(str(error).split())
         if full and not (ours or disk):
             text = (

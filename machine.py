@@ -1,4 +1,4 @@
-"""This machine: usable CPU cores, memory, and the device that commands compute on.
+"""This machine: CPU cores, memory, the ranks of torchrun, and the device of commands.
 
 Devices: cuda, mps (Apple silicon) and cpu. torch's mps has neither float64 nor collectives:
 docs.pytorch.org/docs/stable/notes/mps.html, github.com/pytorch/pytorch/issues/189853.
@@ -39,6 +39,11 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Return this process's rank and the world size, as set by torchrun; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def missing(device: str) -> str:
     """Return why torch cannot use a device, as one sentence; "" if it can."""
     import torch
@@ -72,6 +77,19 @@ def device_name(device: "torch.device") -> str:
     if device.type == "mps":
         return f"{torch.backends.mps.get_name()} (mps)"
     return platform.processor() or "cpu"
+
+
+def gpu_utilization(device: "torch.device") -> float | None:
+    """Return the share of the last second in which a GPU ran kernels; None if unknown.
+
+    It is unknown without nvidia-ml-py, and on a part of a GPU (MIG).
+    """
+    import torch
+
+    try:
+        return torch.cuda.utilization(device) / 100
+    except Exception:  # the driver's library raises its own types
+        return None
 
 
 def exact_device(device: "torch.device") -> "torch.device":

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,8 @@ ROOT = Path(__file__).resolve().parent
 LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")
 LAUNCHER_MODULES = ("torch.distributed.run", "accelerate.commands.launch")
 LAUNCHER = "NANOLLAMA_LAUNCHER"  # environment variable: the launcher's process id, for its ranks
+# torch's functions that read and check its flags
+FLAG_READERS = {"config_from_args", "parse_min_max_nnodes", "__post_init__"}
 REASONS = {
     6: "NCCL aborts a rank with signal 6 when another rank is gone",
     9: "signal 9 often means out of memory",
@@ -135,7 +138,8 @@ def _in_popen(frame: FrameType | None) -> bool:
 def exit_status(error: BaseException) -> int | None:
     """Return the exit status for an error of torchrun, None for any other error.
 
-    It is the status of the first failed rank, or 128 + the number of the signal that ended it.
+    It is the status of the first failed rank, or 128 + the number of the signal that ended it; 2
+    for a wrong flag.
     """
     name = type(error).__name__  # compared by name, because importing torch here is circular
     if name == "ChildFailedError":
@@ -149,15 +153,20 @@ def exit_status(error: BaseException) -> int | None:
         return 128 + number
     if name == "SignalException":  # passed on to the ranks, which have saved
         return 128 + int(error.sigval)  # type: ignore[attr-defined]
+    functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if isinstance(error, (ValueError, AssertionError)) and functions & FLAG_READERS:
+        reason = str(error) or "--nproc_per_node and --monitor_interval must be above 0"
+        print(f"error: a flag of torchrun is wrong: {reason}", file=sys.stderr)
+        return 2
     return None
 
 
 def exit_quietly(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     """Exit with the failed rank's status and without a traceback; an excepthook."""
     status = exit_status(error)
     if status is None:
-        sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(kind, error, trace)
     else:
         raise SystemExit(status)

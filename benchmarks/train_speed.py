@@ -270,8 +270,8 @@ def main() -> None:
         args = parse()
     if args.worker:
         worker(args.worker, args.config, args.overrides, args.total, args.trace)
-    with user_errors():
-        _, world = setup.rank_and_world()
+    rank, world = setup.rank_and_world()
+    with user_errors(rank, world):
         if world > 1:
             on_these_ranks(args, world)
         cases = []

@@ -21,8 +21,9 @@ from evals.harness import (
     write_results,
     write_samples,
 )
-from machine import add_device
+from machine import add_device, rank_and_world
 from models.hf import resolve_checkpoint
+from training.process_group import process_group
 
 
 def add_max_new_tokens(
@@ -95,12 +96,10 @@ def ranks(device: str) -> Iterator[tuple[int, int, str]]:
     if not dist.is_torchelastic_launched():
         yield 0, 1, device
         return
-    dist.init_process_group("gloo")
-    try:
-        local = f"cuda:{dist.get_node_local_rank()}" if device == "cuda" else device
-        yield dist.get_rank(), dist.get_world_size(), local
-    finally:
-        dist.destroy_process_group()
+    rank, world = rank_and_world()
+    local = f"cuda:{dist.get_node_local_rank()}" if device == "cuda" else device
+    with process_group("gloo", rank, world):
+        yield rank, world, local
 
 
 def evaluate(

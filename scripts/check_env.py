@@ -174,6 +174,8 @@ def check_machine() -> list[str]:
                 f"GPU {i}",
                 f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, trains in {dtype}",
             )
+        pynvml = _version("nvidia-ml-py")
+        line("nvidia-ml-py", pynvml or "not installed; pip install it to measure GPU utilization")
         compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
         header = Path(sysconfig.get_paths()["include"]) / "Python.h"
         required = (("a C compiler", compiler), (str(header), header.is_file()))

@@ -59,11 +59,6 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     ]
     if not multi_node or (multi_node == ["nnodes"] and arguments.nnodes == "1"):
         arguments.standalone = True
-    number = str(arguments.nproc_per_node)
-    if not number.isdecimal() and number not in ("cpu", "gpu", "auto"):
-        raise ValueError(
-            f"--nproc_per_node={number} must be a number of processes, or cpu, gpu or auto"
-        )
     if arguments.module:
         return arguments
     script = Path(str(arguments.training_script))

@@ -11,9 +11,12 @@ import forked
 import pytest
 from conftest import ROOT, one_thread, train_here
 from test_training import losses, wait_for_a_step
+from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing import api
 
 import torchrun_plugin
+from evals.run import ranks
+from training.ops import watchdog
 
 pytestmark = pytest.mark.one_layer
 
@@ -64,8 +67,11 @@ def test_a_wrong_script_or_number_of_processes_is_one_sentence(tmp_path):
         ),
         (
             ["--nproc_per_node=two", "train.py"],
-            "error: --nproc_per_node=two must be a number of processes",
+            "error: a flag of torchrun is wrong: Unsupported nproc_per_node value: two\n",
         ),
+        (["--nnodes=a:b", "train.py"], "error: a flag of torchrun is wrong: invalid literal"),
+        (["--nproc_per_node=0", "train.py"], "error: a flag of torchrun is wrong: --nproc_per_"),
+        (["--nproc_per_node=2", "train.py", "--nope"], "error: unknown flag --nope; "),
     ):
         done = forked.run([*launcher, *flags], cwd=tmp_path, env=one_thread())
         assert (
@@ -79,6 +85,66 @@ def test_a_wrong_script_or_number_of_processes_is_one_sentence(tmp_path):
         and "Traceback" not in done.stderr
         and "can't open file" in done.stderr.splitlines()[-1]
     )
+
+
+SLOW = """
+import os, runpy, sys, time
+from torch import distributed as dist
+
+def slow(*arguments, join=dist.init_process_group, **options):
+    join(*arguments, **options)
+    store = dist.distributed_c10d._get_default_store()
+    if os.environ["RANK"] == "0":
+        store.set("address", "0")
+    else:  # as if this rank still read the others' addresses
+        time.sleep(0.5)
+        store.get("address")
+
+dist.init_process_group = slow
+command = sys.argv.pop(1)
+runpy.run_module(command, run_name="__main__")
+"""
+
+
+def test_a_user_error_right_after_joining_is_one_sentence(tmp_path):
+    """Rank 0 must not exit while another rank needs its store.
+
+    With --monitor-interval the launcher gives the other rank time to print a traceback.
+    """
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    line = ["-m", "scripts.launch", "--nproc_per_node=2", "--monitor-interval=1.5", script]
+    line += ["scripts.run_evals", "--suite", "quick", "--checkpoint", "nope"]
+    done = launch_forked(*line, where=tmp_path)
+    assert done.returncode == 2, done.stderr
+    message = "error: checkpoint nope does not exist; give a folder or a .gguf file\n"
+    assert done.stderr == message
+
+
+def test_a_rank_that_never_joins_is_one_sentence(monkeypatch, capsys):
+    """The evaluations' group; init_process_group fails as it does without its rank 0."""
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watchdog.os, "_exit", sys.exit)
+    for error in (
+        dist.DistNetworkError("Connection reset by peer\nframe #0: c10::Error"),
+        RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:144] no error"),
+    ):
+        monkeypatch.setattr(dist, "init_process_group", raising(error))
+        with pytest.raises(SystemExit, match=str(watchdog.LOST)), ranks("cpu"):
+            pass
+        text = capsys.readouterr().err
+        assert text.startswith("error: rank 1 lost its connection to another rank")
+        assert str(error).splitlines()[0] in text and "frame" not in text
+
+
+def raising(error: Exception):
+    def raise_it(*arguments, **options):
+        raise error
+
+    return raise_it
 
 
 def test_scripts_of_others_keep_torchruns_own_behaviour(tmp_path):

@@ -4,6 +4,7 @@ import math
 import sys
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT, VOCAB, command, one_thread, read_metrics
 from test_faults import equal, events, weights
 
 import train
+from training import startup
 from training.config import load
 from training.meter import Meter
 from training.startup import NO_GO
@@ -21,14 +23,17 @@ QUIET = ("validation.every=0", "checkpoint={every: 100, keep: 2}")
 
 @pytest.fixture
 def start(monkeypatch, capfd):
-    """Run train.py in this process; check its exit status; return its stderr."""
+    """Run train.py in this process; check its exit status; return its stderr.
+
+    start.output: the stdout of the last run.
+    """
 
     def start(overrides: list[str], status: int = 0) -> str:
         config = str(ROOT / "configs" / "test_mode.yaml")
         monkeypatch.setattr(sys, "argv", ["train.py", "--config", config, *overrides])
         with pytest.raises(SystemExit) as end:
             train.main()
-        errors = capfd.readouterr().err
+        start.output, errors = capfd.readouterr()  # type: ignore[attr-defined]
         assert (end.value.code or 0) == status, errors
         return errors
 
@@ -118,12 +123,35 @@ def test_a_run_from_other_weights_is_not_asked_for_its_loss(settings, tmp_path, 
         assert (step, outcome, list(values)) == (end, "go", ["median gradient norm"])
 
 
-def test_what_was_not_measured_is_a_no_go(settings, start):
+def test_gpu_utilization_is_reported_bounded_and_named_where_it_is_unknown(
+    settings, tmp_path, start, monkeypatch
+):
     asked = "startup={steps: 2, fall: null, min_gpu_utilization: 0.5}"
-    errors = start(settings(*QUIET, asked), NO_GO)
-    assert (
-        "GPU utilization not measured, at least 0.5 required" in errors and "nvidia-ml-py" in errors
+    start(settings(*QUIET, asked))  # a CPU: one line, and not a failure
+    assert [list(values) for _, _, values in figures(tmp_path / "logs")] == [["first loss"]]
+    assert start.output.count("startup.min_gpu_utilization is not checked on cpu") == 1
+
+    run = load(ROOT / "configs" / "test_mode.yaml", [asked])
+    unbounded = load(ROOT / "configs" / "test_mode.yaml", ["startup={steps: 2, fall: null}"])
+    state = SimpleNamespace(phase_start=9, phase_end=20, model=SimpleNamespace())
+    rows = [{"step": step, "gpu_util": 0.4} for step in range(10, 22)]
+    [idle] = startup._full_window(run, state, rows)
+    assert not idle.go and str(idle) == "GPU utilization 0.4, at least 0.5 required"
+    [reported] = startup._full_window(unbounded, state, rows)
+    assert reported.go and startup._verdict(reported) == "GPU utilization 0.4"
+
+    state.model.parameters = lambda: iter([torch.empty(0, device="meta")])
+    assert list(startup._full_window(run, state, rows[:0])) == []
+    monkeypatch.setattr(startup, "_on_gpu", lambda state: True)
+    [unknown] = startup._full_window(run, state, rows[:0])
+    assert not unknown.go and "GPU utilization not measured" in str(unknown)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 1 / 0)
+    [line] = startup.unmeasured_line(run, torch.device("cuda"))
+    assert "pip install nvidia-ml-py" in line and not startup.unmeasured_line(
+        unbounded, torch.device("cuda")
     )
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 0)
+    assert not startup.unmeasured_line(run, torch.device("cuda"))
 
 
 def test_a_no_go_ends_all_ranks_under_the_launcher(settings, tmp_path):
@@ -153,8 +181,9 @@ def test_wrong_bounds(override, message):
 
 def test_every_phase_of_the_1b_model_has_the_floor_of_the_plan():
     phases = sorted((ROOT / "configs").glob("phase*.yaml"))
-    floors = {path.stem: load(path).startup.min_tokens_per_s for path in phases}
-    assert len(floors) >= 3 and set(floors.values()) == {20_000}, floors
+    checks = {path.stem: load(path).startup for path in phases}
+    floors = {(check.min_tokens_per_s, check.min_gpu_utilization) for check in checks.values()}
+    assert len(checks) >= 3 and floors == {(20_000, 0.8)}, checks
 
 
 def test_gpu_utilization_is_sampled_and_absent_where_it_cannot_be_read(monkeypatch):

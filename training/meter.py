@@ -7,6 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from machine import gpu_utilization
 from models.kinds import AnyConfig
 from models.speedrun_config import GPTConfig
 from training.config import RunConfig
@@ -84,15 +85,13 @@ class Meter:
         return metrics
 
     def _gpu_utilization(self) -> dict[str, float]:
-        """Return the share of the last second with GPU work; {} between samples or on errors."""
+        """Return GPU utilization; {} between samples, and after a failed sample."""
         self.steps += 1
         if not self.samples or self.steps % self.every:
             return {}
-        try:
-            return {"gpu_util": torch.cuda.utilization(self.device) / 100}
-        except Exception:  # nvidia-ml-py is missing, or the GPU does not report it (MIG)
-            self.samples = False
-            return {}
+        share = gpu_utilization(self.device)
+        self.samples = share is not None
+        return {} if share is None else {"gpu_util": share}
 
 
 class StepClock:

@@ -23,7 +23,7 @@ from training.objectives import Objective
 from training.ops import profiling
 from training.run_folder import claim, locked
 from training.schedulers import run_schedules
-from training.startup import NO_GO
+from training.startup import NO_GO, unmeasured_line
 from training.state import State
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def run_phase(run: RunConfig, device: torch.device, stage: Stage, profile: bool 
             log.event("begun" if at_start else "resumed", origin, step=state.step)
         else:
             log.say(origin)
-        for line in (setup.run_summary(run, device), *stage.data_lines):
+        lines = (setup.run_summary(run, device), *stage.data_lines, *unmeasured_line(run, device))
+        for line in lines:
             log.say(line)
         if will_train and dist.get_rank() == 0:
             setup.write_run_files(run, device)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +21,7 @@ import torch.distributed as dist
 import yaml
 
 from files import step_folders, write_json, write_text
-from machine import COMPLETE, default_device, device_name
+from machine import COMPLETE, default_device, device_name, rank_and_world
 from models.attention import choose_kernel
 from models.hf import download_advice, load_weights, read_config
 from models.kinds import build_model, parameters_text
@@ -33,8 +33,8 @@ from training.distributed import run_on_rank0
 from training.faults import FaultState
 from training.fsdp_utils import check_ranks, compiles, compute_dtype, wrap_model_fsdp
 from training.ops.supervisor import terminate_with_launcher
-from training.ops.watchdog import exit_if_peer_lost
 from training.optimizers import build_optimizer
+from training.process_group import process_group
 from training.schedulers import theta_at
 from training.source_checks import (
     check_fits,
@@ -48,11 +48,6 @@ from training.state import State
 from yaml_file import read_yaml_file
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def rank_and_world() -> tuple[int, int]:
-    """Return this process's rank and the world size, as set by torchrun; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def keep_freed_memory() -> None:
@@ -96,23 +91,8 @@ def ranks() -> Iterator[torch.device]:
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    try:  # also covers connecting, which fails if another rank has already ended
-        dist.init_process_group(
-            backend, world_size=world, rank=rank, timeout=timedelta(minutes=60), store=store
-        )
+    with process_group(backend, rank, world, timeout=timedelta(minutes=60), store=store):
         yield device
-        sys.stdout.flush()  # torchrun may end this rank as soon as another exits
-        # The barrier keeps sockets open while other ranks need them. With gloo it may fail on a
-        # peer that has already passed it, which is harmless.
-        with suppress(RuntimeError):
-            dist.barrier()
-    except BaseException as error:
-        if world == 1 and dist.is_initialized():
-            dist.destroy_process_group()  # with more ranks, it could wait for a stuck collective
-        elif world > 1:
-            exit_if_peer_lost(error, rank)
-        raise
-    dist.destroy_process_group()
 
 
 def exit_process(status: int) -> NoReturn:

@@ -7,7 +7,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import torch
+
 from files import read_lines
+from machine import gpu_utilization
 from ranges import above, at_least, check_fields
 from training.distributed import run_on_rank0
 from training.logger import Log
@@ -35,7 +38,7 @@ class StartupConfig:
     # Maximum of the median gradient norm over the window, before clipping.
     max_grad_norm: Bound | None = None
     min_tokens_per_s: Bound | None = None  # minimum speed over all ranks
-    # Minimum use of rank 0's GPU, 0 to 1; needs nvidia-ml-py.
+    # Minimum use of rank 0's GPU, 0 to 1; needs nvidia-ml-py. Not checked on a CPU.
     min_gpu_utilization: Annotated[float, above(0, maximum=1, hint=OFF)] | None = None
     accept: str | None = None  # reason to continue after a no-go; the log records it
 
@@ -44,7 +47,7 @@ class StartupConfig:
 
 
 class BoundedMetric(NamedTuple):
-    """A metric of the first steps with its bounds."""
+    """A metric of the first steps; without bounds it is only reported."""
 
     name: str
     value: float | None  # None: not measured, which is a no-go
@@ -63,7 +66,7 @@ class BoundedMetric(NamedTuple):
         bounds = (("at least", self.least), ("at most", self.most))
         bound = " and ".join(f"{word} {_number(x)}" for word, x in bounds if x is not None)
         value = "not measured" if self.value is None else _number(self.value)
-        return f"{self.name} {value}, {bound} required"
+        return f"{self.name} {value}" + (f", {bound} required" if bound else "")
 
 
 def check_startup(run: "RunConfig", state: State, log: Log) -> bool:
@@ -82,17 +85,34 @@ def check_startup(run: "RunConfig", state: State, log: Log) -> bool:
         return [figure for check in checks for figure in check(run, state, rows)]
 
     figures = run_on_rank0(measure)
+    if not figures:  # the only bound is on a GPU, and this is a CPU
+        return False
     bad = [figure for figure in figures if not figure.go]
     accepted = run.startup.accept if bad else None
     outcome = "no-go" if bad else "go"
     text = f"start-up checks at step {state.step:,}: {outcome}"
     text += f", accepted: {accepted}" if accepted else ""
-    text += "; " + "; ".join(f"{figure}: {'go' if figure.go else 'no-go'}" for figure in figures)
+    text += "; " + "; ".join(map(_verdict, figures))
     fields = [{**figure._asdict(), "go": figure.go} for figure in figures]
     log.event("startup", f"        {text}", outcome=outcome, accepted=accepted, figures=fields)
     if bad and not accepted:
         state.faults.no_go = _no_go_text(bad, state.step)
     return bool(state.faults.no_go)
+
+
+def unmeasured_line(run: "RunConfig", device: torch.device) -> list[str]:
+    """Return a line if startup.min_gpu_utilization is set but cannot be measured on a device."""
+    if run.startup.min_gpu_utilization is None or not run.startup.steps:
+        return []
+    if device.type != "cuda":
+        return [f"startup.min_gpu_utilization is not checked on {device.type}"]
+    if gpu_utilization(device) is None:
+        return [
+            "warning: GPU utilization cannot be measured, so the start-up checks will end in a "
+            "no-go: pip install nvidia-ml-py, or set startup.min_gpu_utilization=null on a GPU "
+            "that does not report it (MIG)"
+        ]
+    return []
 
 
 def resolve_earlier_no_go(run: "RunConfig", state: State, log: Log) -> bool:
@@ -166,11 +186,21 @@ def _full_window(
         advice = "mfu and data/wait_frac in metrics.jsonl, and the parallel section of the config"
         rate = tokens / seconds if seconds else None
         yield BoundedMetric("tokens/s", rate, config.min_tokens_per_s, None, advice)
-    if config.min_gpu_utilization is not None:
-        shares = [row["gpu_util"] for row in warm if "gpu_util" in row]
+    shares = [row["gpu_util"] for row in warm if "gpu_util" in row]
+    least = config.min_gpu_utilization
+    if shares or (least is not None and _on_gpu(state)):
         advice = "data/wait_frac in metrics.jsonl; the measurement needs nvidia-ml-py"
         share = fmean(shares) if shares else None
-        yield BoundedMetric("GPU utilization", share, config.min_gpu_utilization, None, advice)
+        yield BoundedMetric("GPU utilization", share, least, None, advice)
+
+
+def _on_gpu(state: State) -> bool:
+    return next(state.model.parameters()).device.type == "cuda"
+
+
+def _verdict(figure: BoundedMetric) -> str:
+    is_bounded = figure.least is not None or figure.most is not None
+    return f"{figure}: {'go' if figure.go else 'no-go'}" if is_bounded else str(figure)
 
 
 def _first_loss(state: State, rows: list[dict[str, Any]]) -> float | None:

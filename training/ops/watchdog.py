@@ -31,6 +31,7 @@ BROKEN = (  # RuntimeError texts of a lost connection
     "Broken pipe",
     "Socket closed",
     "Timed out",
+    "connectFullMesh failed",
 )
 
 
