@@ -128,6 +128,39 @@ def test_precedence_and_types(tmp_path):
     assert run.steps == 10_000 and isinstance(run.steps, int) and run.log.wandb_project == "x"
 
 
+def test_dotted_keys_set_one_setting_of_a_section(tmp_path):
+    def written(name: str, text: str) -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    written("parent.yaml", "chat: {sources: {a: {path: x, split: y}, b: {path: z}}}\n")
+    child = "extends: parent.yaml\nchat.sources.a.path: new\noptim.lr: 1e-3\n"
+    assert read_yaml(written("child.yaml", child)) == {
+        "chat": {"sources": {"a": {"path": "new", "split": "y"}, "b": {"path": "z"}}},
+        "optim": {"lr": "1e-3"},
+    }
+    aliases = "optim: &o {beta1: 0.8}\nother: *o\noptim.lr: 1\nnew.a.b: 2\nnew.a: {c: 3}\n"
+    assert read_yaml(written("aliases.yaml", aliases)) == {
+        "optim": {"beta1": 0.8, "lr": 1},
+        "other": {"beta1": 0.8},
+        "new": {"a": {"b": 2, "c": 3}},
+    }
+    base = written("base.yaml", f"extends: {BASE}\nsteps: 5\noptim.lr: 2.0e-4\n")
+    run = load(base, ["optim.beta1=0.5"])
+    assert run.optim == replace(load(BASE).optim, lr=2e-4, beta1=0.5) and run.steps == 5
+    for text, message in (
+        ("data: {mix: {a: 1}}\ndata.mix: {b: 1}", "has the setting data.mix twice, once in its se"),
+        ("data.mix: {a: 1}\ndata.mix.a: 2", "has the setting data.mix.a twice"),
+        ("data.mix: {a: 1}\ndata.mix: {b: 1}", "has the key 'data.mix' twice"),
+        ("optim: 3\noptim.lr: 1", "optim.lr is not a setting: optim is not a section"),
+        ("optim.lrr: 1", "optim.lrr is not a setting; did you mean 'lr'"),
+        ("optim..lr: 1", "optim..lr is not a setting"),
+        (".".join("a" * 60) + ": 1", "a.a.a.* is not a setting"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(written("wrong.yaml", text))
+
+
 def test_extends_in_a_circle_and_missing_files(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")

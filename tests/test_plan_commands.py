@@ -4,6 +4,7 @@ import argparse
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,8 +21,13 @@ from evals.suite_config import open_suite
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training.config import load
+<<<<<<< ours
 from training.planning.plan import Plan, ScheduledPhase, load_plan, scheduled_phases
 from training.settings import load_settings
+=======
+from training.planning.plan import Plan, load_plan
+from training.settings import _section_of, load_settings
+>>>>>>> theirs
 
 PLANS = sorted(
     path
@@ -177,8 +183,10 @@ LARGE_PLANS = ("configs/plan_1b.yaml", "configs/plan_1b_plus.yaml")
 
 
 @pytest.mark.parametrize("path", LARGE_PLANS)
-def test_settings_in_advice_are_those_of_the_config(path, monkeypatch):
+def test_settings_in_advice_are_those_of_the_config(path, monkeypatch, tmp_path):
+    """As overrides, and appended to the config, whose own value must then be removed."""
     monkeypatch.chdir(ROOT)
+    shutil.copytree("configs", tmp_path / "configs")
     changed = 0
     for advice in advices(load_plan(path)):
         settings = SETTING.findall(advice)
@@ -186,8 +194,19 @@ def test_settings_in_advice_are_those_of_the_config(path, monkeypatch):
             (config,) = set(re.findall(r"in (configs/[\w/]+\.yaml)", advice))
             kind = PreferenceRun if "dpo" in config else SFTConfig
             run = load_settings(kind, config, [f"{key}={value}" for key, value in settings])
-            for key, value in settings:
-                assert f"{key.rpartition('.')[2]}" and yaml.safe_load(value) is not None
+            pasted, text = tmp_path / config, Path(config).read_text()
+            lines = "".join(f"{key}: {value}\n" for key, value in settings)
+            pasted.write_text(text + lines)
+            content, again = yaml.safe_load(text), 0
+            for key, _ in settings:
+                section, name = _section_of(key, content)
+                again += section.pop(name, None) is not None
+            if again:
+                with pytest.raises(ValueError, match=r"has the (setting|key) .* twice.*; remove"):
+                    load_settings(kind, pasted)
+            pasted.write_text(yaml.safe_dump(content) + lines)
+            assert load_settings(kind, pasted) == run
+            pasted.write_text(text)
             if "mix" in advice:
                 assert (
                     sum(run.data.mix.values()) == pytest.approx(1)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from ranges import WORDS, check, hints, member, shown
 from training.aliases import renamed
-from yaml_file import SUFFIXES, parse_yaml, read_yaml_file
+from yaml_file import MAX_DEPTH, SUFFIXES, parse_yaml, read_yaml_file
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_EXTENDS = 100
@@ -67,14 +67,19 @@ def apply_overrides(
         (key, str(value), True) for key, value in (flags or {}).items() if value is not None
     ]
     for key, text, is_flag in changes:
-        *sections, last = key.split(".")
-        inner = values
-        for section in sections:
-            inner = inner.setdefault(section, {})
-            if not isinstance(inner, dict):
-                raise ValueError(f"{key} is not a setting: {section} is not a section")
-        inner[last] = _value(key, text, _setting_type(kind, key), is_flag)
+        _set(values, key, _value(key, text, _setting_type(kind, key), is_flag))
     return values
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested values; a missing section is created."""
+    *sections, last = key.split(".")
+    inner = values
+    for section in sections:
+        inner = inner.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"{key} is not a setting: {section} is not a section")
+    inner[last] = value
 
 
 class NoEffect(NamedTuple):
@@ -161,8 +166,9 @@ def _optional(kind: Any) -> Any:
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML file, merged over the file that it `extends` (a path relative to it).
 
-    Sections are merged key by key. A relative path that does not exist in the working folder is
-    read from the project's folder.
+    Sections are merged key by key. A dotted key, as in `data.mix: {web: 1}`, sets one setting of a
+    section, at any depth, and leaves its others. A relative path that does not exist in the working
+    folder is read from the project's folder.
     """
     if not path.is_file() and (ROOT / path).is_file():
         path = ROOT / path
@@ -175,8 +181,9 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold settings, as key: value; it holds {shown(values)}")
     parent = values.pop("extends", None)
+    dotted = _pop_dotted(values, path)
     if parent is None:
-        return values
+        return _set_dotted(values, dotted)
     if not isinstance(parent, str):
         raise ValueError(f"{path}: extends={shown(parent)} must be the path of one config")
     if len(seen) == MAX_EXTENDS:
@@ -185,7 +192,41 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     for key, value in values.items():
         are_sections = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = {**merged[key], **value} if are_sections else value
-    return merged
+    return _set_dotted(merged, dotted)
+
+
+def _pop_dotted(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Remove the dotted keys of a file from its values and return them, shortest first.
+
+    ValueError if the file has a setting twice. A key with an empty word stays, as an unknown one.
+    """
+    words = {key: key.split(".") for key in values if isinstance(key, str) and "." in key}
+    valid = [key for key in words if all(words[key]) and len(words[key]) <= MAX_DEPTH]
+    dotted = {key: values.pop(key) for key in sorted(valid, key=lambda key: len(words[key]))}
+    nested = _without_aliases(values) if dotted else {}
+    for key, value in dotted.items():
+        section, name = _section_of(key, nested)
+        if name in section:
+            raise ValueError(
+                f"{path} has the setting {key} twice, once in its section; remove one of them"
+            )
+        _set(nested, key, _without_aliases(value))
+    return dotted
+
+
+def _set_dotted(values: dict[str, Any], dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a file with its dotted keys set."""
+    values = _without_aliases(values) if dotted else values
+    for key, value in dotted.items():
+        _set(values, key, _without_aliases(value))
+    return values
+
+
+def _without_aliases(value: Any) -> Any:
+    """Return a value whose sections are copies: a YAML alias is one object in several places."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_aliases(inner) for key, inner in value.items()}
 
 
 def _make(kind: Any, value: Any, name: str) -> Any:

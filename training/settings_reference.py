@@ -301,8 +301,9 @@ the dataclasses; edit the comments beside their fields instead of this page.
 
 In a YAML config, `optim.lr` is the key `lr` of the section `optim`. On the command line, write
 `optim.lr=1e-3`. `null` clears a setting. NAME stands for a name of your choice. A config may begin
-with `extends: OTHER.yaml`, whose settings it then changes. `python train.py --help_settings optim`
-prints a section, `--help_settings` alone all of them."""
+with `extends: OTHER.yaml`, whose settings it then changes. A line `optim.lr: 1e-3` outside of the
+sections of a config is accepted too, unless its section also sets `lr`.
+`python train.py --help_settings optim` prints a section, `--help_settings` alone all of them."""
 
 
 def _markdown(section: Section) -> str:
