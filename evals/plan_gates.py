@@ -8,14 +8,17 @@ from evals.report.build import measured
 from evals.report.targets import judged_hash
 from files import read_object, step_folders
 from training.checkpoint_files import model_hash
+from training.planning.extensions import read_extensions
 from training.planning.gates import Gate, Measured, Verdict, by_name, reference_of
 from training.planning.plan import (
     EvaluationPoint,
     Plan,
+    ScheduledPhase,
     evaluation_points,
     load_plan,
     scheduled_phases,
 )
+from training.planning.stages import config_exists
 
 
 def gates_of(path: Path, checkpoint: Path, name: str | None) -> tuple[Gate, ...]:
@@ -24,9 +27,11 @@ def gates_of(path: Path, checkpoint: Path, name: str | None) -> tuple[Gate, ...]
     name: default: from the checkpoint's folder. Raises ValueError for an unknown one.
     """
     plan = load_plan(path)
-    milestones = {
-        str(milestone.step): milestone for phase in plan.phases for milestone in phase.milestones
-    }
+    phases = list(plan.phases)
+    if config_exists(phases[0].config):  # on another machine, the plan alone has its own steps
+        for scheduled in _with_and_without_extensions(plan)[1:]:
+            phases += [entry.phase for entry in scheduled]
+    milestones = {str(m.step): m for phase in phases for m in phase.milestones}
     stages = {stage.name: stage for stage in plan.stages}
     name = _name_of(plan, checkpoint, name)
     if name not in milestones | stages:
@@ -36,6 +41,16 @@ def gates_of(path: Path, checkpoint: Path, name: str | None) -> tuple[Gate, ...]
             f"{', '.join(stages) or 'none'})"
         )
     return (milestones | stages)[name].gates
+
+
+def _with_and_without_extensions(plan: Plan) -> list[list[ScheduledPhase]]:
+    """Return the plan's phases as its configs have them, then as the run was extended (--extend).
+
+    A checkpoint may be of a step before an extension.
+    """
+    phases = scheduled_phases(plan)
+    extensions = read_extensions(phases[0].run.logs)
+    return [phases, scheduled_phases(plan, extensions)] if extensions else [phases]
 
 
 def _name_of(plan: Plan, checkpoint: Path, name: str | None) -> str:
@@ -51,17 +66,17 @@ def references(
     if not any(gate.against for gate in gates):
         return [None] * len(gates)
     plan = load_plan(path)
-    first = scheduled_phases(plan)[0].run
+    planned, *extended = _with_and_without_extensions(plan)
     name = _name_of(plan, checkpoint, name)
-    extensions = read_object(first.logs / "extensions.json") or {}
-    candidates = evaluation_points(plan, scheduled_phases(plan, extensions))
-    if name not in [point.name for point in candidates]:  # a step from before an --extend
-        candidates = evaluation_points(plan, scheduled_phases(plan))
+    for phases in (*extended, planned):
+        candidates = evaluation_points(plan, phases)
+        if name in [point.name for point in candidates]:
+            break
     earlier = candidates[: [point.name for point in candidates].index(name)]
     compared = [reference_of(gate, earlier) for gate in gates]
     results = Path("results")
     measurements = {
-        point: Measured(point.phase, point.where, results_of(point, results, first.run))
+        point: Measured(point.phase, point.where, results_of(point, results, planned[0].run.run))
         for point in compared
         if point
     }

@@ -71,6 +71,8 @@ def main() -> None:
             if args.branch:
                 if not (args.at and args.steps):
                     raise ValueError("--branch needs --at STEP and --steps N")
+                if args.extend or args.redo:
+                    raise ValueError("--branch cannot be combined with --extend or --redo")
                 pipeline.branch(args.branch, args.at, args.steps)
             else:
                 pipeline.run(frozenset(args.redo), frozenset(args.skip))

@@ -455,8 +455,9 @@ def test_a_phase_must_keep_what_a_stage_averages(averaging, monkeypatch):
         planned("--last 4")
     with pytest.raises(ValueError, match="leaves 3 of them at its end; set it to 4"):
         planned("--last=4")
-    with pytest.raises(ValueError, match="leaves 1 of them at its end; set it to 3"):
-        planned("--last 2 --every 2", keep=2)
+    planned("--last 2 --every 2", keep=1)  # step 6, where the decay begins, is kept
+    with pytest.raises(ValueError, match="leaves 2 of them at its end; set it to 3"):
+        planned("--last 3", keep=1)
     with pytest.raises(ValueError, match="last 5 checkpoints of two, which saves 4 of them; lower"):
         planned("", keep=9)
     (Path("checkpoints/tiny/mean") / "step_8").mkdir(parents=True)

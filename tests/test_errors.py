@@ -91,6 +91,9 @@ def test_resuming_what_is_not_the_same_run(settings, capfd, monkeypatch, tmp_pat
     assert "the data, their mixture or the batch size changed" in complaint(
         capfd, monkeypatch, settings("seed=2")
     )
+    changed = settings("seed=2", "data.accept_changed=true", steps=3)
+    message = complaint(capfd, monkeypatch, changed)
+    assert "changed since one was completed in" in message and "checkpoints/one away" in message
     message = complaint(capfd, monkeypatch, settings("model.num_hidden_layers=3"))
     assert "num_hidden_layers=2, but the config has 3" in message
     message = complaint(capfd, monkeypatch, settings("model.kind=moe"))

@@ -10,6 +10,7 @@ from conftest import ROOT
 from evals.engines import folder_hash
 from evals.plan_gates import gates_of, references
 from training.checkpoint_files import model_hash
+from training.config import load
 from training.planning.gates import Gate, Measured, judge, reference_of, thresholds
 from training.planning.plan import evaluation_points, load_plan, scheduled_phases
 
@@ -176,6 +177,25 @@ def test_by_hand_the_results_of_the_reference_are_found(tmp_path, monkeypatch, a
     )
     (stale,) = references(gates, plan, dpo, None)
     assert judge(gates[0], acc(0.9), stale).outcome == "no-go"
+
+
+def test_by_hand_the_gates_of_an_extended_phase_are_found(tmp_path, monkeypatch):
+    """Steps before and after the extension, as checkpoints of both may exist."""
+    plan = small_plan(tmp_path, "before")
+    content = yaml.safe_load(plan.read_text(encoding="utf-8"))
+    steps = load(content["phases"][0]["config"]).steps
+    gate = {"metric": "chat.acc", "go": 0.5, "no_go": 0.1}
+    content["phases"][0]["milestones"] = [{"step": steps, "gates": [gate]}]
+    plan.write_text(yaml.safe_dump(content), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    longer = Path(f"checkpoints/quickstart/base/step_{steps + 50}")
+    with pytest.raises(ValueError, match=f"neither a milestone nor a stage.*{steps};"):
+        gates_of(plan, longer, None)
+    extensions = tmp_path / "logs" / "quickstart" / "extensions.json"
+    extensions.parent.mkdir(parents=True)
+    extensions.write_text(json.dumps({"base": 50}), encoding="utf-8")
+    for folder in (longer, longer.with_name(f"step_{steps}")):
+        assert [gate.go for gate in gates_of(plan, folder, None)] == [0.5]
 
 
 @pytest.mark.parametrize("name", ["plan_1b.yaml", "quickstart/plan.yaml"])

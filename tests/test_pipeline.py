@@ -24,12 +24,15 @@ import train
 from files import write_json
 from scripts import pipeline
 from training import run_folder
+from training.fine_tuning import TuningRun
 from training.logger import Log
 from training.ops import supervisor
 from training.planning import progress
 from training.planning.gates import Gate, by_name, judge
 from training.planning.plan import load_plan, scheduled_phases
+from training.planning.renewal import renewals
 from training.planning.stages import skipped_stages
+from training.source_checks import check_rate
 
 pytestmark = pytest.mark.one_layer
 
@@ -280,6 +283,12 @@ def test_evaluations_and_gates_reach_the_wandb_runs_of_the_log_folders(plan, run
 
 
 def test_a_no_go_stops_until_it_is_accepted_with_a_reason(plan, run):
+    command = "python measure.py {checkpoint} {output} --suite mine"
+    (plan / "configs" / "evals").mkdir(parents=True)
+    suite = plan / "configs" / "evals" / "mine.yaml"
+    suite.write_text("evals: {x: --max_new_tokens 8, own.yaml: ''}")
+    (plan / "own.yaml").write_text("choices: {1: a}")
+    edit_plan(plan, evals={"perplexity": command})
     done = run(status=3, AT_4="30")
     assert (
         "decision at step 4: NO-GO" in done.stdout
@@ -288,16 +297,23 @@ def test_a_no_go_stops_until_it_is_accepted_with_a_reason(plan, run):
     assert '--accept "reason"' in done.stderr and len(losses(plan)) == 4
     # The same checkpoint is not evaluated again.
     assert run(status=3, AT_4="30").stdout.count("measured") == 0
+    # A changed suite, or a changed evaluation that it lists, measures every milestone again.
+    suite.write_text("evals: {x: --max_new_tokens 64, own.yaml: ''}")
+    done = run(status=3, AT_4="30")
+    assert re.findall(r"^measured (\d)", done.stdout, re.MULTILINE) == ["2", "4"]
+    (plan / "own.yaml").write_text("choices: {1: b}")
+    done = run(status=3, AT_2="21", AT_4="30")
+    assert "decision at step 2: NO-GO" in done.stdout and "decision at step 4" not in done.stdout
+    edit_plan(plan, evals={"perplexity": f"{command} more"})
+    done = run(status=3, AT_4="30")
+    assert re.findall(r"^decision at step (\d)", done.stdout, re.MULTILINE) == ["2", "4"]
     output = run("--accept", "the text reads well").stdout
     assert (
         "decision at step 4: NO-GO; accepted: the text reads well" in output
         and len(losses(plan)) == 8
     )
-    assert [event["accepted"] for event in events(plan, "gate") if event["step"] == 4] == [
-        None,
-        None,
-        "the text reads well",
-    ]
+    accepted = [event["accepted"] for event in events(plan, "gate") if event["step"] == 4]
+    assert accepted == [None] * 4 + ["the text reads well"]
     decision = json.loads((plan / "results" / "tiny" / "step_4" / "decision.json").read_text())
     assert decision["outcome"] == "no-go" and decision["values"] == [30.0]
 
@@ -408,6 +424,8 @@ def test_mistakes(plan, run):
     assert "--extend one must be PHASE=STEPS" in run("--extend", "one", status=2).stderr
     assert "unknown phase three" in run("--extend", "three=2", status=2).stderr
     assert "--branch needs --at STEP and --steps N" in run("--branch", "x", status=2).stderr
+    message = run("--branch", "x", "--at", "2", "--steps", "2", "--redo", "one", status=2).stderr
+    assert "--branch cannot be combined with --extend or --redo" in message
     content = yaml.safe_load((plan / "plan.yaml").read_text())
     content["before"] = {"Broken": "python -c exit(1)"}
     (plan / "plan.yaml").write_text(yaml.safe_dump(content))
@@ -422,6 +440,11 @@ def test_a_damaged_or_foreign_decision_is_made_again(plan, run):
     path.write_text(json.dumps({**json.loads(path.read_text()), "of": "another checkpoint"}))
     output = run().stdout
     assert "decision at step 4: GO" in output and "measured" not in output
+
+
+def edit_phase(plan: Path, phase: str, **changes) -> None:
+    content = yaml.safe_load((plan / f"{phase}.yaml").read_text())
+    (plan / f"{phase}.yaml").write_text(yaml.safe_dump({**content, **changes}))
 
 
 def edit_plan(plan: Path, **changes) -> None:
@@ -460,6 +483,46 @@ def test_extending_a_phase_that_decayed_repeats_its_decay_without_a_rise(plan, r
     assert (plan / "logs" / "tiny" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_extension_repeats_a_decay_that_began_in_an_earlier_phase(plan, run):
+    """The decay begins at step 3 of the first phase; only milestones are kept before its end."""
+    for phase in ("one", "two"):
+        edit_phase(
+            plan,
+            phase,
+            schedule={"warmup_steps": 1, "total_steps": 8, "decay_steps": 5},
+            checkpoint={"every": 1, "keep": 1, "keep_best": False},
+        )
+    run()
+    checkpoints, logs = plan / "checkpoints" / "tiny", plan / "logs" / "tiny"
+    output = run("--extend", "two=4").stdout
+    assert "one/step_4 decayed for a shorter schedule; the decay is repeated; its" in output
+    assert [path.name for path in (checkpoints / "one.old1").glob("step_*")] == ["step_4"]
+    assert (checkpoints / "two.old1" / "step_8").is_dir()
+    rates = [row["lr"] for row in read_metrics(logs)]
+    falls = [a - b for a, b in pairwise(rates[2:])]
+    assert falls == pytest.approx([rates[0] / 9] * 9) and rates[-1] == 0.0 and len(rates) == 12
+    assert "train.py" not in run().stdout
+
+    shutil.rmtree(checkpoints / "one" / "step_3")  # as by an older version
+    phases = scheduled_phases(load_plan("plan.yaml"), {"two": 6})
+    (renewal,) = renewals(phases, 0, {"two": 6}, ())
+    assert [path.name for path in renewal.steps] == ["step_4"]
+    assert "from step 2, with 1 step before it, because no checkpoint of step 3" in renewal.why
+    shutil.rmtree(checkpoints / "one" / "step_2")
+    before = sorted(plan.rglob("*.json"))
+    message = run("--extend", "two=6", status=2).stderr
+    assert "would start one again from step 0, because no checkpoint" in message
+    assert message.strip().endswith("add --redo one to accept that")
+    assert sorted(plan.rglob("*.json")) == before  # a refused extension changes nothing
+    assert json.loads((logs / "extensions.json").read_text()) == {"two": 4}
+    identity = json.loads((logs / "run.json").read_text())["id"]
+    output = run("--extend", "two=6", "--redo", "one").stdout
+    assert "one is repeated (--redo)" in output and "two follows one and is repeated" in output
+    assert [row["step"] for row in read_metrics(logs)] == list(range(1, 15))
+    assert json.loads((logs / "run.json").read_text())["id"] == identity
+    assert not list(logs.glob("metrics_until_*")) and "train.py" not in run().stdout
+
+
 def test_a_rate_that_would_rise_again_is_refused(plan, run, settings, capfd, monkeypatch):
     run()
     command = ["train.py", "--config", "two.yaml", "--resume_from", "checkpoints/tiny/one"]
@@ -477,6 +540,9 @@ def test_a_rate_that_would_rise_again_is_refused(plan, run, settings, capfd, mon
     with pytest.raises(SystemExit) as end:
         train.main()
     assert not end.value.code and len(losses(plan)) == 12
+    trainer = plan / "checkpoints" / "tiny" / "two" / "step_8" / "state" / "trainer.json"
+    with pytest.raises(ValueError, match="choose another output_dir and start again, or set"):
+        check_rate(TuningRun(steps=20).with_schedule(), json.loads(trainer.read_text()))
 
 
 def test_a_stage_is_made_again_for_another_base_or_when_asked(plan, run, monkeypatch):
@@ -511,6 +577,28 @@ def test_a_stage_is_made_again_for_another_base_or_when_asked(plan, run, monkeyp
     edit_plan(plan, stages=before)
     assert "stage tuned is used again" in run().stdout
     assert skipped_stages(plan / "logs/tiny") == set()
+
+    # A finished phase does not ignore a changed config.
+    data = yaml.safe_load((plan / "two.yaml").read_text())["data"]
+    mix, store = {"first": 1.0}, f"{data['store']}/."
+    edit_phase(plan, "two", data={**data, "micro_batch_size": 4, "store": store})
+    assert "train.py" not in run("--skip", "tuned").stdout
+    edit_phase(plan, "two", seed=77, data={**data, "mix": mix})
+    message = run("--skip", "tuned", status=2).stderr
+    assert (
+        "two was trained with another seed and data.mix than two.yaml has now; repeat it with "
+        "--redo two, or undo the change" in message
+    )
+    edit_phase(plan, "two", seed=1337, data=data)
+    for phase in ("one", "two"):
+        edit_phase(plan, phase, optim={"lr": 0.002})
+    assert "one was trained with another optim.lr than" in run(status=2).stderr
+
+    # The extension of a changing rope theta changes it at every step.
+    edit_phase(plan, "two", rope_theta=[10000, 20000])
+    phases = scheduled_phases(load_plan("plan.yaml"), {"two": 2})
+    (renewal,) = renewals(phases, 1, {"two": 2}, ())
+    assert not renewal.steps and "the phase is repeated from step 4" in renewal.why
 
 
 def test_a_rank_that_dies_is_restarted_and_one_that_dies_at_the_same_step_twice_is_not(plan, run):

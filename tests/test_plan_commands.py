@@ -21,13 +21,8 @@ from evals.suite_config import open_suite
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training.config import load
-<<<<<<< ours
 from training.planning.plan import Plan, ScheduledPhase, load_plan, scheduled_phases
-from training.settings import load_settings
-=======
-from training.planning.plan import Plan, load_plan
 from training.settings import _section_of, load_settings
->>>>>>> theirs
 
 PLANS = sorted(
     path

@@ -72,6 +72,11 @@ class ScheduleConfig:
                 f"{self.decay_steps} do not fit into schedule.total_steps={self.total_steps}"
             )
 
+    @property
+    def decay_begin(self) -> int:
+        """The last step before the decay."""
+        return self.total_steps - self.decay_steps
+
 
 class WSDScheduler:
     """Warmup-stable-decay (arXiv:2404.06395): 0-based index of an update -> learning rate.
@@ -96,7 +101,7 @@ class WSDScheduler:
         config = self.config
         if step < config.warmup_steps:
             return self.peak * (step + 1) / config.warmup_steps
-        into_decay = step + 1 - (config.total_steps - config.decay_steps)
+        into_decay = step + 1 - config.decay_begin
         if into_decay <= 0:
             return self.peak
         if into_decay >= config.decay_steps:  # including decay_steps=0

@@ -221,6 +221,12 @@ def restore_or_init(
     check_theta(run, source, theta_at(*run.theta_range, state.step - 1, *phase))
     rope_scaling_change(run, source, allowed=False)
     changed = position["data"] != fingerprint
+    if changed and state.step >= state.phase_end:
+        raise ValueError(
+            f"the data, their mixture or the batch size changed since {run.phase} was completed "
+            f"in {source}; undo the change, or move {source.parent} away to train it again "
+            "(scripts.pipeline --redo does)"
+        )
     if changed and not run.data.accept_changed:
         raise ValueError(
             f"the data, their mixture or the batch size changed since {source} was saved, so "

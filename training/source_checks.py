@@ -38,10 +38,15 @@ def check_rate(run: RunConfig, position: dict[str, Any]) -> None:
         ) from error
     planned = WSDScheduler(run.schedule, run.optim.lr)(step)
     if step > stable and planned > 1.01 * used:
+        advice = (
+            "to train longer, choose another output_dir and start again"
+            if run.SHAPE_FROM_BASE
+            else "to train longer, continue from a checkpoint before the decay (scripts.pipeline "
+            "--extend does)"
+        )
         raise ValueError(
             f"the learning rate would rise from {used:.1e} to {planned:.1e} at step {step}, after "
-            "its decay had begun; to train longer, continue from a checkpoint before the decay "
-            "(scripts.pipeline --extend does), or set schedule.allow_rise=true"
+            f"its decay had begun; {advice}, or set schedule.allow_rise=true"
         )
 
 

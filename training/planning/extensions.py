@@ -5,15 +5,16 @@ from pathlib import Path
 
 from files import read_object, write_json
 from training.logger import append_event
-from training.planning.plan import Plan, scheduled_phases
+
+FILE = "extensions.json"
 
 
-def record_extensions(plan: Plan, logs: Path, new: Mapping[str, int]) -> dict[str, int]:
+def read_extensions(logs: Path, new: Mapping[str, int] | None = None) -> dict[str, int]:
     """Return the total steps by which each phase is extended, earlier calls included.
 
     new: phase -> steps; ValueError if they do not exceed the earlier ones.
     """
-    path = logs / "extensions.json"
+    path, new = logs / FILE, new or {}
     if path.is_file() and read_object(path) is None:
         raise ValueError(
             f"{path} is damaged; restore it as JSON: phase -> steps by which it was extended"
@@ -25,9 +26,11 @@ def record_extensions(plan: Plan, logs: Path, new: Mapping[str, int]) -> dict[st
                 f"{phase} is extended by {now} steps already; continue without --extend, "
                 f"or make it {now + steps} with --extend {phase}={now + steps}"
             )
+    return {**extensions, **new}
+
+
+def record_extensions(logs: Path, extensions: Mapping[str, int], new: Mapping[str, int]) -> None:
+    """Write the extensions if this call added some."""
     if new:
-        extensions = {**extensions, **new}
-        scheduled_phases(plan, extensions)  # validates the steps before anything is written
         append_event(logs, "extend", f"extended by steps: {dict(new)}", **new)
-        write_json(path, extensions)
-    return extensions
+        write_json(logs / FILE, extensions)

@@ -17,7 +17,7 @@ from training.averaging import difference, last_checkpoints, recorded_last
 from training.checkpoint_files import find_damage, model_hash, step_of
 from training.logger import append_event, open_alerts
 from training.ops.supervisor import Supervisor
-from training.planning.extensions import record_extensions
+from training.planning.extensions import read_extensions, record_extensions
 from training.planning.gates import (
     Gate,
     Measured,
@@ -29,8 +29,12 @@ from training.planning.gates import (
 )
 from training.planning.plan import Milestone, Plan, PlanStage, ScheduledPhase, scheduled_phases
 from training.planning.progress import Progress
-from training.planning.stages import check_average_is_there, stage_settings
-from training.run_folder import unused
+from training.planning.renewal import Renewal, check_phases, renewals, set_aside
+from training.planning.stages import (
+    check_average_is_there,
+    evaluation_settings,
+    stage_settings,
+)
 from training.trackers import record_evaluation
 
 NO_GO = 3  # exit status
@@ -68,7 +72,7 @@ class Pipeline:
             self.logs, replace(run.log.alerts, quiet_s=0.0), setup.secrets(run.log.alerts.secrets)
         )
         self.supervisor = Supervisor(self.logs, plan.restarts, self.event)
-        self.extensions = record_extensions(plan, self.logs, extend)
+        self.extensions = read_extensions(self.logs, extend)
         self.scheduled_phases = scheduled_phases(plan, self.extensions)
         self.progress = Progress(plan, self.scheduled_phases)
 
@@ -78,11 +82,14 @@ class Pipeline:
         redo: phases and stages to repeat. skip: stages to skip.
         """
         self._check_names(redo, skip)
+        check_phases(self.scheduled_phases, self.extensions, redo)
+        record_extensions(self.logs, self.extensions, self.extended)
         for title, command in self.plan.before.items():
             self.run_command(title, shlex.split(command))
         before: Path | None = None  # checkpoints of the previous phase
-        for scheduled in self.scheduled_phases:
-            self._renew(scheduled, before, scheduled.run.phase in redo)
+        for number, scheduled in enumerate(self.scheduled_phases):
+            for renewal in renewals(self.scheduled_phases, number, self.extensions, redo):
+                self._set_aside(renewal)
             milestones = scheduled.phase.milestones
             for stop in sorted({milestone.step for milestone in milestones} | {scheduled.end}):
                 self.train(scheduled, stop, before)
@@ -124,6 +131,8 @@ class Pipeline:
             settings += [f"steps={run.steps}", f"schedule.total_steps={schedule.total_steps}"]
             settings += [f"schedule.decay_steps={schedule.decay_steps}"]
             settings += [f"start_step={run.start_step}"] if run.start_step is not None else []
+        if scheduled.begin < run.schedule.decay_begin < scheduled.end:  # kept for --extend
+            settings += [f"checkpoint.milestones={[*run.checkpoint.milestones]}".replace(" ", "")]
         resume = ["--resume_from", str(before)] if before else []
         data = run.data
         self.run_command(
@@ -149,10 +158,10 @@ class Pipeline:
         parent = position.get("parent") if position.get("phase") == stage.name else None
         base = parent or (done or {}).get("checkpoint")
         if folders and redo:
-            self._set_aside(output, f"{stage.name} is repeated (--redo)")
+            self._set_aside(Renewal(output, f"{stage.name} is repeated (--redo)"))
         elif folders and base not in (None, "", inputs["checkpoint"]):
             text = f"{stage.name} did not start from {checkpoint} and is repeated"
-            self._set_aside(output, text)
+            self._set_aside(Renewal(output, text))
         elif folders and done and any(done.get(k) != inputs[k] for k in ("commands", "settings")):
             raise ValueError(
                 f"the settings of stage {stage.name} have changed since it ran; "
@@ -196,6 +205,7 @@ class Pipeline:
         gates = thresholds(milestone.gates)
         current = done.get("of") == checkpoint_id and done.get("gates") == gates
         current = current and done.get("references", [None] * len(references)) == references
+        current = current and self._are_current(milestone.evals, checkpoint_id, folder)
         if current and (done.get("outcome") != "no-go" or done.get("accepted")):
             self._remember(milestone.evals, folder, phase, where)
             self.progress.skip(len(milestone.evals))
@@ -282,7 +292,8 @@ class Pipeline:
         }
         path = folder / "decision.json"
         done = read_object(path) or {}
-        if all(done.get(key) == value for key, value in inputs.items()):
+        current = all(done.get(key) == value for key, value in inputs.items())
+        if current and self._are_current(milestone.evals, done["of"], folder):
             self.progress.skip(1 + len(milestone.evals))
             return
         recorded = recorded_last(average, phase, count, until=step, max_distance=every)
@@ -290,7 +301,7 @@ class Pipeline:
             sources = last_checkpoints(phase, count, until=step, max_distance=every)
             if average.exists():
                 why = difference(average, sources) or f"is damaged ({find_damage(average)})"
-                self._set_aside(average, f"{average} {why}")
+                self._set_aside(Renewal(average, f"{average} {why}"))
             command = f"python -m scripts.average_checkpoints --last {count} --until {step}"
             paths = ["--phase_folder", str(phase), "--output_dir", str(average)]
             title = f"Average of {', '.join(source.name for source in sources)}"
@@ -313,13 +324,14 @@ class Pipeline:
     def _evaluate(
         self, name: str, checkpoint: Path, checkpoint_id: str, output: Path, where: str
     ) -> None:
-        """Run an evaluation, unless `output` has its results for this checkpoint and command."""
-        key = {"of": checkpoint_id, "command": self.plan.evals[name]}
-        stored = read_object(output) or {}
-        if not stored.get("not_measured") and all(stored.get(k) == v for k, v in key.items()):
+        """Run an evaluation, unless `output` has its complete and current results."""
+        incomplete = (read_object(output) or {}).get("not_measured")
+        if not incomplete and self._are_current((name,), checkpoint_id, output.parent):
             self.progress.skip()
             return
-        command = self._fill(self.plan.evals[name], checkpoint=checkpoint, output=output)
+        template = self.plan.evals[name]
+        command = self._fill(template, checkpoint=checkpoint, output=output)
+        settings = evaluation_settings(template)
         self.run_command(f"Evaluation {name} {where}", command)
         content = read_object(output)
         if content is None:
@@ -327,7 +339,22 @@ class Pipeline:
                 f"the evaluation {name} wrote no results to {output}; "
                 "make its command write to {output}"
             )
+        key = {"of": checkpoint_id, "command": template, "settings": settings}
         write_json(output, {**content, **key})
+
+    def _are_current(self, evals: tuple[str, ...], checkpoint_id: str, folder: Path) -> bool:
+        """Return True if a folder has the results of evaluations of this checkpoint.
+
+        Their commands and the configs that these name must not have changed since.
+        """
+        for name in evals:
+            command, stored = self.plan.evals[name], read_object(folder / f"{name}.json") or {}
+            if (stored.get("of"), stored.get("command")) != (checkpoint_id, command):
+                return False
+            settings = evaluation_settings(command)
+            if stored.get("settings", settings) != settings:  # missing in older results
+                return False
+        return True
 
     def _references(
         self, gates: tuple[Gate, ...]
@@ -353,67 +380,14 @@ class Pipeline:
         self.measured.append(Measured(phase, where, read_metrics(names, folder)))
         return self.measured[-1].metrics
 
-    def _renew(self, scheduled: ScheduledPhase, before: Path | None, redo: bool) -> None:
-        """Rename checkpoints that a phase cannot continue from, and those of later phases.
-
-        Reasons: --redo, a changed base model, or a decay that ended before an extension. Later
-        phases are repeated also if this phase is only longer than before.
-        """
-        run, folders = scheduled.run, step_folders(scheduled.run.checkpoints)
-        positions = [
-            (folder, position)
-            for folder in folders
-            if (position := read_object(folder / "state" / "trainer.json"))
-        ]
-        if not positions:
-            return
-        newest, position = positions[-1]
-        earlier = step_folders(before)[-1] if before and step_folders(before) else None
-        why, steps = "", None
-        if redo:
-            why = f"{run.phase} is repeated (--redo)"
-        elif (
-            earlier
-            and position["phase"] == run.phase
-            and position["parent"] not in ("", model_hash(earlier))
-        ):
-            why = f"{run.phase} did not start from {earlier} and is repeated"
-        elif self.extensions and position.get("rate", {}).get("total_steps") not in (
-            None,
-            run.schedule.total_steps,
-        ):
-            stable = run.schedule.total_steps - run.schedule.decay_steps  # the decay begins there
-            decayed = [folder for folder, where in positions if where["step"] > stable]
-            if decayed and position["step"] < scheduled.end:
-                steps = decayed
-                why = (
-                    f"the learning rate of {newest} decayed for a shorter {run.phase}; "
-                    "the decay is repeated"
-                )
-        if why or position.get("phase_end", scheduled.end) < scheduled.end:
-            later = self.scheduled_phases[self.scheduled_phases.index(scheduled) + 1 :]
-            for entry in reversed(later):  # training this phase removes their metrics from the log
-                if step_folders(entry.run.checkpoints):
-                    text = f"{entry.run.phase} follows {run.phase} and is repeated"
-                    self._set_aside(entry.run.checkpoints, text)
-        if why:
-            self._set_aside(run.checkpoints, why, steps)
-
-    def _set_aside(self, folder: Path, why: str, steps: list[Path] | None = None) -> None:
-        """Move a folder of checkpoints, or some of its step folders, to <folder>.old<n>."""
-        number = next(
-            n for n in range(1, 1000) if not folder.with_name(f"{folder.name}.old{n}").exists()
+    def _set_aside(self, renewal: Renewal) -> None:
+        """Rename checkpoints and report it."""
+        aside = set_aside(renewal)
+        self.event(
+            "set_aside",
+            f"{renewal.why}; its old checkpoints are in {aside}; "
+            "delete them if you do not need them",
         )
-        aside = folder.with_name(f"{folder.name}.old{number}")
-        with unused(folder):
-            if steps is None:
-                folder.rename(aside)
-            else:
-                aside.mkdir()
-                for step in steps:
-                    step.rename(aside / step.name)
-        text = f"{why}; its old checkpoints are in {aside}; delete them if you do not need them"
-        self.event("set_aside", text)
 
     def event(self, kind: str, text: str, **fields: object) -> None:
         """Log an event and print it."""

@@ -152,9 +152,10 @@ def scheduled_phases(plan: Plan, extra_steps: dict[str, int] | None = None) -> l
 
     extra_steps: phase -> steps added to those of its config. They move the end of the phase, the
     end of the learning-rate schedule and everything later. In a phase where the rate decays they
-    extend the decay, which begins at the same step. ValueError if phases differ in schedule, run or
-    model shape, do not begin at their start_step, or have milestones outside their steps. They may
-    differ in data.tokens_per_step: steps are updates of any size.
+    extend the decay, which begins at the same step; checkpoint.milestones keeps that step.
+    ValueError if phases differ in schedule, run or model shape, do not begin at their start_step,
+    or have milestones outside their steps. They may differ in data.tokens_per_step: steps are
+    updates of any size.
     """
     extra_steps, begin = extra_steps or {}, 0
     scheduled: list[ScheduledPhase] = []
@@ -166,7 +167,7 @@ def scheduled_phases(plan: Plan, extra_steps: dict[str, int] | None = None) -> l
     added, added_decay, end = sum(extra_steps.values()), 0, 0
     for config in configs:
         end += config.steps
-        if end > config.schedule.total_steps - config.schedule.decay_steps:
+        if end > config.schedule.decay_begin:
             added_decay += extra_steps.get(config.phase, 0)
     for phase, config in zip(plan.phases, configs, strict=True):
         previous = scheduled[-1] if scheduled else None
@@ -192,6 +193,9 @@ def scheduled_phases(plan: Plan, extra_steps: dict[str, int] | None = None) -> l
             overrides += [f"start_step={begin}"]
         run = load(phase.config, overrides)
         end = begin + run.steps
+        if begin < (stable := run.schedule.decay_begin) < end:  # an extension continues there
+            kept = tuple(sorted({*run.checkpoint.milestones, stable}))
+            run = replace(run, checkpoint=replace(run.checkpoint, milestones=kept))
         planned_end = begin - shift + config.steps  # a milestone at the phase's end moves with it
         moved = tuple(
             replace(m, step=m.step + shift + (extra if m.step == planned_end else 0))

@@ -1,5 +1,6 @@
-"""Stages of a plan: configs that their commands name, averages that they need, and --skip."""
+"""Stages of a plan: configs that commands name, averages that stages need, and --skip."""
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files import read_lines, step_folders
-from training.settings import read_yaml
+from training.settings import ROOT, read_yaml
 from yaml_file import SUFFIXES
 
 if TYPE_CHECKING:
@@ -52,6 +53,28 @@ def stage_settings(stage: "PlanStage") -> dict[str, dict[str, Any]]:
     """Return the content of the configs that a stage's commands name."""
     words = {word for command in stage.commands.values() for word in shlex.split(command)}
     return {word: read_yaml(Path(word)) for word in sorted(words) if word.endswith(SUFFIXES)}
+
+
+def config_exists(name: str) -> bool:
+    """Return True if read_yaml would find a config, here or in the project's folder."""
+    return any((folder / name).is_file() for folder in (Path(), ROOT))
+
+
+def evaluation_settings(command: str) -> dict[str, Any]:
+    """Return the content of the configs that an evaluation's command names, as JSON values.
+
+    These are YAML files, suites in configs/evals, and the YAML files that a suite lists.
+    """
+    words = [part for word in shlex.split(command) for part in word.split("=", 1)]
+    suites = [name for flag, name in pairwise(words) if flag == "--suite"]
+    names = [*words, *(f"configs/evals/{name}{suffix}" for name in suites for suffix in SUFFIXES)]
+    contents: dict[str, Any] = {}
+    for name in names:  # grows by the files that a suite lists
+        if name.endswith(SUFFIXES) and name not in contents and config_exists(name):
+            contents[name] = read_yaml(Path(name))
+            listed = contents[name].get("evals")
+            names += [str(entry) for entry in listed] if isinstance(listed, dict) else []
+    return dict(json.loads(json.dumps(contents, default=str)))
 
 
 def check_average_is_there(stage: "PlanStage", missed: Mapping[Path, str]) -> None:
