@@ -107,7 +107,13 @@ def test_resuming_what_is_not_the_same_run(settings, capfd, monkeypatch, tmp_pat
     resume = f"resume_from={tmp_path / 'checkpoints' / 'one'}"
     assert train_here(settings(resume, phase="two", steps=2))
     # The first phase is extended afterwards.
-    assert train_here(settings("data.tokens_per_step=256", steps=5))
+    longer = settings("data.tokens_per_step=256", steps=5)
+    message = complaint(capfd, monkeypatch, longer)
+    assert "one would start at step 4 and remove later metrics from" in message
+    logs = tmp_path / "logs"
+    rows = len(read_metrics(logs))
+    assert train_here([*longer, f"log_dir={tmp_path / 'logs_of_more_steps'}"])
+    assert len(read_metrics(logs)) == rows == 6
     message = complaint(capfd, monkeypatch, settings(resume, phase="two", steps=4))
     assert "did not start from" in message and "move" in message
 

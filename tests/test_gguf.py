@@ -738,7 +738,7 @@ def test_a_damaged_file_is_told_of(folders, files, tmp_path, monkeypatch, capsys
         )
         with pytest.raises(ValueError, match=r"is damaged|is not a GGUF file"):
             LlamaCpp(path)
-    assert "neither a GGUF file (*.gguf) nor" in complaint_of(
+    assert "is not a checkpoint: it has no config.json; give" in complaint_of(
         chat_script.main, ["--model", tmp_path], capsys, monkeypatch
     )
 

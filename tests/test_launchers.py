@@ -117,7 +117,7 @@ def test_a_user_error_right_after_joining_is_one_sentence(tmp_path):
     line += ["scripts.run_evals", "--suite", "quick", "--checkpoint", "nope"]
     done = launch_forked(*line, where=tmp_path)
     assert done.returncode == 2, done.stderr
-    message = "error: checkpoint nope does not exist; give a folder or a .gguf file\n"
+    message = "error: checkpoint nope does not exist; check the path\n"
     assert done.stderr == message
 
 

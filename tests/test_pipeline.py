@@ -505,7 +505,8 @@ def test_an_extension_repeats_a_decay_that_began_in_an_earlier_phase(plan, run):
 
     shutil.rmtree(checkpoints / "one" / "step_3")  # as by an older version
     phases = scheduled_phases(load_plan("plan.yaml"), {"two": 6})
-    (renewal,) = renewals(phases, 0, {"two": 6}, ())
+    later, renewal = renewals(phases, 0, {"two": 6}, ())
+    assert later.why == "two follows one and is repeated"
     assert [path.name for path in renewal.steps] == ["step_4"]
     assert "from step 2, with 1 step before it, because no checkpoint of step 3" in renewal.why
     shutil.rmtree(checkpoints / "one" / "step_2")

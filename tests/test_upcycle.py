@@ -114,7 +114,7 @@ def test_a_chat_model_keeps_its_template_and_its_chat_settings(dense, tmp_path):
         (("--router_std", 0), "--router_std: 0 must be above 0"),
         (("--experts", "many"), "--experts: invalid"),
         (("--output_dir", "{dense}"), "exists and is not empty; give a new folder"),
-        (("--checkpoint", "{dense}/none"), "is not a checkpoint"),
+        (("--checkpoint", "{dense}/none"), "does not exist; check the path"),
         (("--checkpoint", "{mixture}"), "is already a mixture of experts; give a dense checkpoint"),
     ],
 )
