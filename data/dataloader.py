@@ -303,6 +303,8 @@ class TextLoader(PackedDataLoader):
     ):
         if min(seq_len, batch_size) < 1:
             raise ValueError(f"seq_len={seq_len} and batch_size={batch_size} must be at least 1")
+        if isinstance(dataset, str):
+            raise ValueError("dataset must be a list of texts; put a single text in a list")
         self.dataset, self.length, self.batch_size = dataset, seq_len, batch_size
         self.text_column, self.encode = text_column, document_encoder(tokenizer)
 

@@ -79,7 +79,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def find_contaminated_examples(
     train_texts: Iterable[str | Mapping[str, Any]] | Mapping[str, str],
-    test_texts: Iterable[str] | Mapping[str, str],
+    test_texts: Iterable[str | Mapping[str, Any]] | Mapping[str, str],
     settings: Settings | None = None,
 ) -> set[int | str]:
     """Return the ids of the training texts that contain a test text, by the pipeline's rules.
@@ -97,16 +97,20 @@ def find_contaminated_examples(
     named: Iterable[tuple[Any, Any]] = (
         train_texts.items() if isinstance(train_texts, Mapping) else enumerate(train_texts)
     )
-    items = [Item(str(number), (text,)) for number, text in enumerate(test_texts)]
+    items = [Item(str(number), (_text(row),)) for number, row in enumerate(test_texts)]
     ids: dict[str, int | str] = {}
 
     def documents() -> Iterable[tuple[str, str]]:
         for number, (name, text) in enumerate(named):
             ids[str(number)] = name
-            yield str(number), text["text"] if isinstance(text, Mapping) else text
+            yield str(number), _text(text)
 
     hits = build_index({"test": items}, settings or Settings()).scan(documents())
     return {ids[hit.train_id] for hit in hits}
+
+
+def _text(row: str | Mapping[str, Any]) -> str:
+    return str(row["text"]) if isinstance(row, Mapping) else row
 
 
 if __name__ == "__main__":

@@ -127,6 +127,8 @@ def test_packed_texts_with_a_tokenizer_of_transformers(text_store):
     assert all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
     with pytest.raises(ValueError, match="seq_len=0 and batch_size=2 must be at least 1"):
         PackedDataLoader(texts, ours, 0, 2)
+    with pytest.raises(ValueError, match="put a single text in a list"):
+        PackedDataLoader("a b c", ours, 8, 2)
 
 
 def test_a_schedule_that_sets_the_rates_of_an_optimizer():
@@ -159,7 +161,9 @@ def test_contaminated_examples_are_found_by_the_real_rules():
     assert find_contaminated_examples([clean, f"Before. {item} After.", changed], [item]) == {1, 2}
     named = {"a": clean, "b": clean + item}
     assert find_contaminated_examples(named, [item, "short"]) == {"b"}
-    assert find_contaminated_examples([{"text": clean}, {"text": clean + item}], {"t": item}) == {1}
+    rows = [{"text": clean}, {"text": clean + item}]
+    assert find_contaminated_examples(rows, {"t": item}) == {1}
+    assert find_contaminated_examples(rows, [{"text": item}]) == {1}
     with pytest.raises(ValueError, match="put a single text in a list"):
         find_contaminated_examples([clean], item)
     assert find_contaminated_examples((text for text in [clean]), [item]) == set()

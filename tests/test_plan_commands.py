@@ -252,6 +252,28 @@ def test_every_gate_after_pretraining_says_what_to_do(path):
     } < set(ends)
 
 
+def test_the_timeline_has_the_limits_of_the_plans_gates():
+    plan = load_plan(ROOT / "configs" / "plan_1b.yaml")
+    gates = {f"step_{m.step}": m.gates for phase in plan.phases for m in phase.milestones}
+    gates = {name: found for name, found in gates.items() if found}
+    gates |= {stage.name: stage.gates for stage in plan.stages}
+    shown = {}
+    for row in (ROOT / "docs" / "timeline.md").read_text().split("\n"):
+        output = re.search(r"--output results/nanollama_1b/(\w+)/\w+\.json", row)
+        if output and output[1] in gates:
+            limits = re.sub(r"step 230,000|16,?384|GSM8K|\(0 shots\)", "", row.split("|")[-2])
+            shown[output[1]] = {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", limits)}
+    assert shown.keys() == gates.keys()
+    for name, expected in gates.items():
+        numbers = set()
+        for gate in expected:
+            is_share = not re.search("perplexity|bits_per_byte|toxicity", gate.metric)
+            pair = [limit * 100 if is_share else limit for limit in (gate.go, gate.no_go)]
+            # A share that is never a no-go.
+            numbers |= {round(limit, 2) for limit in pair[: 1 if gate.no_go == 0 else 2]}
+        assert shown[name] == numbers, name
+
+
 def test_the_timeline_names_commands_that_exist(monkeypatch):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs" / "timeline.md").read_text()
