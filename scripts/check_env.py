@@ -46,7 +46,12 @@ NEEDED = (
     "matplotlib",
 )
 EVALUATION = ("xgrammar", "alt-profanity-check", "langdetect", "nltk")  # for a plan's suites
-OPTIONAL = ("wandb", "flash-attn", "torchao")
+OPTIONAL = {  # package -> what needs it, with the file that installs it
+    "wandb": "charts in W&B: requirements.txt",
+    "gradio": "demo_ui.py: requirements-demo.txt",
+    "flash-attn": "its attention kernels: requirements-gpu.txt",
+    "torchao": "float8: requirements-gpu.txt",
+}
 
 
 def main() -> None:
@@ -162,8 +167,8 @@ def check_machine() -> list[str]:
     release = torch.__version__.split("+")[0].split(".")
     if tuple(map(int, release[:2])) < (2, 11):
         line("torch", torch.__version__, "torch 2.11 or newer is needed")
-    for name in OPTIONAL:
-        line(f"{name} (optional)", _version(name) or "not installed")
+    for name, use in OPTIONAL.items():
+        line(f"{name} (optional)", _version(name) or f"not installed; for {use}")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)

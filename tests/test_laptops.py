@@ -409,9 +409,12 @@ def test_check_env_tells_a_mac_from_a_cpu(available, monkeypatch, capsys):
     available(mps=True)
     monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M2")
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 11_500_000_000)
+    versions = {"gradio": None}
+    monkeypatch.setattr(check_env, "_version", lambda name: versions.get(name, "1.0"))
     check_env.check_machine()
     lines = {line[4:26].strip(): line[27:] for line in capsys.readouterr().out.splitlines()}
     assert lines["GPU"] == "Apple M2 (mps), up to 12 GB, trains in float32 in one process"
+    assert lines["gradio (optional)"] == "not installed; for demo_ui.py: requirements-demo.txt"
     assert lines["device of commands"].startswith("mps (") and "GB of memory" in lines["CPU"]
 
 

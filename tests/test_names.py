@@ -344,6 +344,10 @@ def test_requirements_have_every_package_that_is_imported():
     installed = {**pins("requirements-core.txt"), **pins("requirements.txt")}
     optional = {**pins("requirements-gpu.txt"), "ray": pins("requirements-cluster.txt")["ray"]}
     assert imported - set(installed) - set(optional) == set()
+    # The demo's packages are in a file of their own.
+    page = (ROOT / "docs" / "timeline.md").read_text()
+    (row,) = (line for line in page.splitlines() if "`python demo_ui.py`" in line)
+    assert "gradio" not in installed and "`pip install -r requirements-demo.txt`, " in row
 
 
 def test_setup_installs_again_only_what_changed(tmp_path):
