@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data.packing import IGNORE, LongDocuments, Rows, Source, StreamRows, make_rows
+from data.texts import text_of
 from data.tokenizers.bpe import document_encoder
 
 BLOCK = 1000  # rows; each block has the mixture's exact proportions, rounded to 1/BLOCK
@@ -289,8 +290,8 @@ class TextLoader(PackedDataLoader):
     `PackedDataLoader(dataset, tokenizer, seq_len, batch_size)` returns it. Training uses a store.
     dataset: texts, or rows with a text under text_column. tokenizer: from tokenizers or
     transformers. Each document begins with bos, or with eos if there is no bos; rows are cut from
-    the concatenated documents. The last incomplete batch is dropped. Each iteration starts from the
-    first text, if the dataset can be iterated again.
+    the concatenated documents. The last incomplete batch is dropped; ValueError if no batch is
+    left. Each iteration starts from the first text, if the dataset can be iterated again.
     """
 
     def __init__(
@@ -303,16 +304,20 @@ class TextLoader(PackedDataLoader):
     ):
         if min(seq_len, batch_size) < 1:
             raise ValueError(f"seq_len={seq_len} and batch_size={batch_size} must be at least 1")
-        if isinstance(dataset, str):
-            raise ValueError("dataset must be a list of texts; put a single text in a list")
+        if isinstance(dataset, (str, Mapping)):
+            kind = type(dataset).__name__
+            raise ValueError(
+                f"PackedDataLoader takes texts or rows, not a {kind}; put a single text or row in "
+                "a list, or give one split of a data set"
+            )
         self.dataset, self.length, self.batch_size = dataset, seq_len, batch_size
         self.text_column, self.encode = text_column, document_encoder(tokenizer)
 
     def __iter__(self) -> Iterator[Batch]:
-        needed = self.batch_size * self.length
+        needed, is_empty = self.batch_size * self.length, True
         tokens, doc_ids = np.empty(0, np.int64), np.empty(0, np.int32)
         for number, row in enumerate(self.dataset):
-            ids = self.encode(row if isinstance(row, str) else row[self.text_column])
+            ids = self.encode(text_of(row, self.text_column))
             tokens = np.concatenate([tokens, np.array(ids, np.int64)])
             doc_ids = np.concatenate([doc_ids, np.full(len(ids), number, np.int32)])
             while len(tokens) > needed:  # one more, as the target of the last token
@@ -320,7 +325,12 @@ class TextLoader(PackedDataLoader):
                 rows = [array.reshape(self.batch_size, self.length).copy() for array in flat]
                 rows[2] -= rows[2][:, :1]  # documents count from 0 in each row
                 yield Batch(*map(torch.from_numpy, rows))
-                tokens, doc_ids = tokens[needed:], doc_ids[needed:]
+                tokens, doc_ids, is_empty = tokens[needed:], doc_ids[needed:], False
+        if is_empty:
+            raise ValueError(
+                f"the texts have {len(tokens):,} tokens, but a batch of {self.batch_size} rows of "
+                f"{self.length} needs {needed + 1:,}; add texts, or lower batch_size or seq_len"
+            )
 
 
 def validation_batches(

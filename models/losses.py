@@ -346,8 +346,14 @@ def compute_loss_with_z_penalty(logits: Tensor, labels: Tensor, z_weight: float 
 
     logits [..., V], labels [...] int64. labels[i] is the token that logits[i] predicts. For labels
     equal to the input, as in transformers, pass logits[:, :-1] and labels[:, 1:]. Training calls
-    token_losses and token_loss_sum instead, which do not store all logits.
+    token_losses and token_loss_sum instead, which do not store all logits. ValueError unless the
+    labels have the shape of the logits without their last dimension.
     """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits of shape {list(logits.shape)} need labels of shape {list(logits.shape[:-1])}, "
+            f"not {list(labels.shape)}"
+        )
     flat_logits, target = logits.flatten(0, -2).float(), labels.flatten()
     kept = target != IGNORE
     nll = F.cross_entropy(flat_logits, target, ignore_index=IGNORE, reduction="none")

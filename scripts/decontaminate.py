@@ -14,6 +14,7 @@ from data.decontamination.index import Settings, build_index
 from data.decontamination.report import report
 from data.decontamination.scan import decontaminate
 from data.decontamination.test_sets import Item
+from data.texts import text_of
 from files import write_text
 from ranges import above
 
@@ -84,9 +85,10 @@ def find_contaminated_examples(
 ) -> set[int | str]:
     """Return the ids of the training texts that contain a test text, by the pipeline's rules.
 
-    The id of a text is its key in a mapping, else its index; a row may be {"text": ...}. Training
-    texts are streamed, so a generator works. Test texts of fewer than Settings.minimum_words (8)
-    words are ignored. ValueError without test texts, or if the texts are a single str.
+    The id of a text is its key in a mapping, else its index. On both sides, {"text": ...} is a text
+    too. Training texts are streamed, so a generator works. Test texts of fewer than
+    Settings.minimum_words (8) words are ignored. ValueError without test texts, if the texts are a
+    single str, or if one is not a text.
     """
     if isinstance(train_texts, str) or isinstance(test_texts, str):
         raise ValueError(
@@ -97,20 +99,16 @@ def find_contaminated_examples(
     named: Iterable[tuple[Any, Any]] = (
         train_texts.items() if isinstance(train_texts, Mapping) else enumerate(train_texts)
     )
-    items = [Item(str(number), (_text(row),)) for number, row in enumerate(test_texts)]
+    items = [Item(str(number), (text_of(text),)) for number, text in enumerate(test_texts)]
     ids: dict[str, int | str] = {}
 
     def documents() -> Iterable[tuple[str, str]]:
         for number, (name, text) in enumerate(named):
             ids[str(number)] = name
-            yield str(number), _text(text)
+            yield str(number), text_of(text)
 
     hits = build_index({"test": items}, settings or Settings()).scan(documents())
     return {ids[hit.train_id] for hit in hits}
-
-
-def _text(row: str | Mapping[str, Any]) -> str:
-    return str(row["text"]) if isinstance(row, Mapping) else row
 
 
 if __name__ == "__main__":

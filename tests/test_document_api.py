@@ -76,6 +76,8 @@ def test_the_loss_of_logits_equals_the_chunked_heads():
     z = 1e-4 * logsumexp.square().mean()
     assert z > 1e-4 and torch.allclose(gradients[1][0], plain + z, atol=1e-6)
     assert compute_loss_with_z_penalty(hidden @ weight.T, torch.full((2, 9), -100)) == 0
+    with pytest.raises(ValueError, match=r"need labels of shape \[2, 9\], not \[9, 2\]"):
+        compute_loss_with_z_penalty(hidden @ weight.T, labels.T)
 
 
 def test_a_model_is_wrapped_without_a_process_group():
@@ -127,8 +129,16 @@ def test_packed_texts_with_a_tokenizer_of_transformers(text_store):
     assert all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
     with pytest.raises(ValueError, match="seq_len=0 and batch_size=2 must be at least 1"):
         PackedDataLoader(texts, ours, 0, 2)
-    with pytest.raises(ValueError, match="put a single text in a list"):
-        PackedDataLoader("a b c", ours, 8, 2)
+    for dataset in ("a b c", {"text": "a b c"}, {"train": [{"text": "a"}]}):
+        with pytest.raises(ValueError, match=r"takes texts or rows, not a (str|dict); put"):
+            PackedDataLoader(dataset, ours, 8, 2)
+    for rows, message in (
+        (["a b c"], r"the texts have \d tokens, but a batch of 2 rows of 8 needs 17; add texts"),
+        ([{"content": "a"}], "a row has no text under 'text'; it has content"),
+        ([["a", "b"]], "a text is a list; give texts, or rows with a 'text'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(PackedDataLoader(rows, ours, 8, 2))
 
 
 def test_a_schedule_that_sets_the_rates_of_an_optimizer():
@@ -164,6 +174,10 @@ def test_contaminated_examples_are_found_by_the_real_rules():
     rows = [{"text": clean}, {"text": clean + item}]
     assert find_contaminated_examples(rows, {"t": item}) == {1}
     assert find_contaminated_examples(rows, [{"text": item}]) == {1}
+    assert find_contaminated_examples(rows, rows) == {0, 1}
+    for texts, tests in (([{"content": clean}], [item]), ([clean], [{"question": item}])):
+        with pytest.raises(ValueError, match="a row has no text under 'text'; it has "):
+            find_contaminated_examples(texts, tests)
     with pytest.raises(ValueError, match="put a single text in a list"):
         find_contaminated_examples([clean], item)
     assert find_contaminated_examples((text for text in [clean]), [item]) == set()
